@@ -127,13 +127,13 @@ class DecoderConfig(ServerConfig):
         1.0, "Longest time until a moved alias or a replaced passage is noticed.", at_least=0
     )
     read_ratio: int | None = knob(
-        None, "Compression ratio of requests that name none; where a collection is stored coarser, its next multiple.",
+        None, "Compression ratio of requests that name none; where a collection cannot give it, its next multiple.",
         at_least=1, shown_default="as stored",
     )  # fmt: skip
     stages: tuple[Stage, ...] = knob(
         (),
-        "A cascade for requests that name no ratio: 32:100,4:20,1 scores every candidate at ratio 32, the best 100 at "
-        "4, the best 20 of those at 1.",
+        "A cascade for requests that name no ratio: 32:100,8:20,4 scores every candidate at ratio 32, the best 100 at "
+        "8, the best 20 of those at 4; where a collection cannot give a ratio, its next multiple.",
         metavar="RATIO:KEEP,...", parse=parse_stages,
     )  # fmt: skip
     degrade: bool = knob(

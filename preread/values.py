@@ -21,17 +21,17 @@ _STAGE = re.compile(r"\s*(?P<ratio>[0-9]+)\s*(:\s*(?P<keep>[0-9]+)\s*)?")
 class Stage:
     """One stage of a cascade: scores what the stage before kept; the first one scores every candidate."""
 
-    compression_ratio: int  # a multiple of the stored one
+    compression_ratio: int  # where the collection cannot give it, the next one that it can is scored at
     keep: int = 0  # how many candidates the next stage scores; ignored in the last stage
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
-    """`32:100, 4:20, 1`: all at ratio 32, the best 100 at 4, the best 20 of those at 1. Raises ValueError."""
+    """`32:100, 8:20, 4`: all at ratio 32, the best 100 at 8, the best 20 of those at 4. Raises ValueError."""
     if len(text) > MAX_TEXT_CHARS:
         raise ValueError(f"stages is {len(text)} characters long; expected at most {MAX_TEXT_CHARS}")
     parts = [_STAGE.fullmatch(part) for part in text.split(",")]
     if not all(parts):
-        raise ValueError(f"stages is {text!r}; expected RATIO:KEEP, RATIO:KEEP, RATIO, such as 32:100, 4:20, 1")
+        raise ValueError(f"stages is {text!r}; expected RATIO:KEEP, RATIO:KEEP, RATIO, such as 32:100, 8:20, 4")
     stages = tuple(Stage(int(part["ratio"]), int(part["keep"] or 0)) for part in parts if part)
     if problem := stages_problem(stages):
         path, value, expected = problem
@@ -100,8 +100,8 @@ class RerankOptions(TypedDict, total=False):
     collection: str  # or alias: what passage ids refer to
     instruction: str | None  # what to look for; default, which "" is not: the checkpoint's
     top_n: int  # how many scored results to return; default: all
-    compression_ratio: int  # a multiple of the stored ratio; default: the server's, else the stored one
-    stages: str | Sequence[Stage]  # a cascade in place of one ratio: "32:100, 4:20, 1"
+    compression_ratio: int  # exactly this multiple of the stored ratio; default: the server's, else the stored one
+    stages: str | Sequence[Stage]  # a cascade in place of one ratio: "32:100, 8:20, 4"; the summary has those used
     on_miss: OnMiss | None  # for ids that are not stored; default: the server's
     return_text: bool
     model: str  # default: the only or first one
@@ -188,7 +188,7 @@ class Summary:
     num_query_tokens: int
     query_truncated: bool
     compression_ratio: int = 0  # of every candidate; 0: text, or stages
-    stages: tuple[Stage, ...] = ()  # where it was a cascade
+    stages: tuple[Stage, ...] = ()  # those used, where it was a cascade
     stopped_early: bool = False  # the deadline neared: these are the scores the cascade had by then
     degraded: Degraded | None = None
     num_passage_tokens: int = 0  # of the scored candidates, at ratio 1 exact; on servers only

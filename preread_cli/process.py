@@ -29,12 +29,14 @@ from checkpoint.compute import tune_process
 from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.engine.collections import describe
 from decoder_server.engine.lifecycle import Observer
+from decoder_server.engine.plan import plan
 from decoder_server.models.backend import Backend
 from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.loading import is_fbnl, load_model
 from decoder_server.server import DecoderServer, Gateway
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
+from preread.values import RerankRequest, format_stages
 from preread_cli.config_file import effective_lines
 from preread_edge.access import ApiKeys, Guard, join
 from preread_edge.listener import metrics_listener
@@ -208,13 +210,13 @@ async def _introduce(server: DecoderServer, store: Store) -> None:
             _say("texts        control tokens in queries and passages are read as such: they can write the prompt")
         _say(f"compute      {backend.dtype_name} on {backend.device_name}")
         if identity is not None:
-            _say(f"collections  {await asyncio.to_thread(_collections, store, identity.fingerprint)}")
+            _say(f"collections  {await asyncio.to_thread(_collections, store, identity.fingerprint, server.config)}")
             where = "in this process" if model.encoder_in_process else "elsewhere"
             none = "none: only stored passages are scored"
             _say(f"encoder      {f'{model.encoder_address} ({where})' if model.encoder_address else none}")
 
 
-def _collections(store: Store, fingerprint: str) -> str:
+def _collections(store: Store, fingerprint: str, config: DecoderConfig) -> str:
     unreadable: dict[str, str] = {}
     try:
         described = describe(store, unreadable)
@@ -223,6 +225,9 @@ def _collections(store: Store, fingerprint: str) -> str:
     shown = []
     for one in described[:MAX_SHOWN]:
         manifest, aliases = one.manifest, f", alias {', '.join(one.aliases)}" if one.aliases else ""
+        if config.stages or config.read_ratio:  # as it holds for this collection
+            stages = plan(RerankRequest("", ()), config, manifest.compression_ratio, 1).stages
+            aliases += f", scored at {format_stages(stages)}"
         refused = "" if manifest.fingerprint == fingerprint else ", REFUSED: of another encoder"
         kept = f"{one.stats.num_passages} passages, ratio {manifest.compression_ratio}, {manifest.codec}"
         shown.append(f"{manifest.collection} ({kept}{aliases}{refused})")

@@ -1,15 +1,13 @@
-"""Checks of a request, and its plan: the ratio, or the stages of a cascade, that its candidates are scored at. Pure.
-
-A default of the server that a collection cannot give, because it is stored coarser, moves to the next that it can.
-"""
+"""Checks of a request, and its plan: the ratio, or the stages of a cascade, that its candidates are scored at. Pure."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from decoder_server.config import DecoderConfig
-from preread.errors import InvalidRequest, Path
-from preread.values import RerankRequest, Stage, stages_problem
+from preread.errors import InvalidRequest
+from preread.values import MAX_NUMBER, RerankRequest, Stage, stages_problem
 
 MAX_NAME_CHARS = 128  # of a collection, as in the cache; a longer name is not even looked up
 TEXT_RATIO = 0  # of a model that reads text
@@ -48,8 +46,20 @@ class Plan:
         return plans
 
 
+def fitted(stages: Sequence[Stage], stored_ratio: int) -> tuple[Stage, ...]:
+    """Stages as a collection can give them: each at the next multiple of its ratio, of equal ones the later one."""
+    by_ratio: dict[int, Stage] = {}
+    for stage in stages:
+        ratio = min(math.ceil(stage.compression_ratio / stored_ratio), MAX_NUMBER // stored_ratio) * stored_ratio
+        by_ratio[ratio] = Stage(ratio, stage.keep)
+    return tuple(by_ratio.values())
+
+
 def plan(request: RerankRequest, limits: DecoderConfig, stored_ratio: int | None, model_ratio: int) -> Plan:
-    """The ratio or stages of a request; raises InvalidRequest for those that the collection or model cannot give.
+    """The ratio or stages of a request, else the server's; raises InvalidRequest.
+
+    A request's one ratio is a demand, and rejected where the collection cannot give it. All else is a plan over
+    whatever is stored, and `fitted`.
 
     `stored_ratio` is the collection's; None: there is none, only texts that come with the request. `model_ratio` is the
     model's default for such texts; TEXT_RATIO: it reads text.
@@ -59,27 +69,16 @@ def plan(request: RerankRequest, limits: DecoderConfig, stored_ratio: int | None
             raise InvalidRequest("stages", f"{num_stages} of them", "none: this model reads text, at no ratio")
         return Plan((Stage(TEXT_RATIO),))
     stored = stored_ratio or 1
-    named: dict[Path, int] = {
-        ("stages", i, "compression_ratio"): s.compression_ratio for i, s in enumerate(request.stages)
-    }
-    named["compression_ratio",] = request.compression_ratio or stored
-    for path, ratio in named.items():
+    if ratio := request.compression_ratio:
         if ratio % stored:
             expected = f"a multiple of {stored}, the ratio that collection {request.collection!r} is stored at"
-            raise InvalidRequest(path, ratio, expected)
-    if request.stages:
-        return Plan(request.stages, cascade=True)
-    if request.compression_ratio:
-        return Plan((Stage(request.compression_ratio),))
-    if limits.stages:
-        fitted: dict[int, Stage] = {}  # of two stages at one ratio that the collection can give, the later one stays
-        for stage in limits.stages:
-            ratio = math.ceil(stage.compression_ratio / stored) * stored
-            fitted[ratio] = Stage(ratio, stage.keep)
-        stages = tuple(fitted.values())
+            raise InvalidRequest("compression_ratio", ratio, expected)
+        return Plan((Stage(ratio),))
+    if stages := fitted(request.stages or limits.stages, stored):
         return Plan((Stage(stages[-1].compression_ratio),)) if request.one_ratio else Plan(stages, cascade=True)
-    default = math.ceil(limits.read_ratio / stored) * stored if limits.read_ratio else stored_ratio or model_ratio
-    return Plan((Stage(default),))
+    if limits.read_ratio:
+        return Plan(fitted((Stage(limits.read_ratio),), stored))
+    return Plan((Stage(stored_ratio or model_ratio),))
 
 
 def check(request: RerankRequest, limits: DecoderConfig) -> None:

@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import preread
-from preread.values import Candidate, Reranking, RerankOptions, Result, format_stages, id_text, join_title
+from preread.values import (
+    Candidate,
+    Reranking,
+    RerankOptions,
+    Result,
+    Summary,
+    format_stages,
+    id_text,
+    join_title,
+    parse_stages,
+)
 from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS, CommandFailed
 from preread_cli.flags import option
@@ -43,7 +53,7 @@ _query_options = flags.options_of(
         "--compression-ratio",
         type=click.IntRange(min=0),
         default=0,
-        help="Score at this multiple of the stored ratio; 0: at the server's own default.",
+        help="Score at exactly this ratio, a multiple of the stored one; 0: at the server's own default.",
     ),
     option("--model-name", metavar="NAME", default="", help="Model to use, of those served.  [default: the first]"),
     option("--timeout-seconds", type=flags.SECONDS, default=300.0, help="Time limit of one request."),
@@ -67,7 +77,8 @@ _query_options = flags.options_of(
     "--stages",
     metavar="RATIO:KEEP,...",
     default="",
-    help="A cascade in place of one ratio: 32:100,4:20,1 scores all at 32, the best 100 at 4, their best 20 at 1.",
+    help="A cascade in place of one ratio: 32:100,8:20,4 scores all at 32, the best 100 at 8, their best 20 at 4. "
+    "What the collection cannot give is scored at the next ratio that it can.",
 )
 @option("--on-miss", type=click.Choice(["encode", "skip", "fail"]), help="For ids without states.  [default: server's]")
 @option("--concurrency", type=flags.COUNT, default=4, help="With --queries: requests in flight.")
@@ -112,7 +123,7 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
             if given["as_json"]:
                 print_json({"query": query} | dataclasses.asdict(answer))
             else:
-                _print_reranking(query, answer, len(candidates))
+                _print_reranking(query, answer, len(candidates), _fitted(given["stages"], answer.summary))
     if num_bad:
         ctx.exit(BAD_ITEMS)
 
@@ -161,6 +172,8 @@ def _many_queries(score: Score, given: Mapping[str, Any]) -> int:
             done.append(answer)
             on_progress(len(done), len(queries))
     summaries = [answer.summary for answer in done]
+    if note := next(filter(None, (_fitted(given["stages"], summary) for summary in summaries)), ""):
+        click.echo(note, err=True)
     if num_degraded := sum(summary.degraded is not None for summary in summaries):
         click.echo(f"{num_degraded:,} queries were scored coarser: the server was under pressure", err=True)
     if num_stopped := sum(summary.stopped_early for summary in summaries):
@@ -232,8 +245,18 @@ def run_rows(answer: Reranking) -> list[tuple[str, float]]:
     return list(rows.items())
 
 
-def _print_reranking(query: str, answer: Reranking, num_candidates: int) -> None:
-    """The ranking, then candidates that could not be scored, then where the time went."""
+def _fitted(stages: str, summary: Summary) -> str:
+    """Which stages the server planned in place of those that were given, and why; "": the same, or none were given."""
+    planned, given = (summary.degraded or summary).stages, parse_stages(stages) if stages else ()
+    if not given or not planned or planned == given:
+        return ""
+    lacking = {one.compression_ratio for one in given} - {one.compression_ratio for one in planned}
+    why = f"no multiple of the stored ratio: {', '.join(map(str, sorted(lacking, reverse=True)))}"
+    return f"stages {format_stages(planned)} in place of {format_stages(given)}; {why}"
+
+
+def _print_reranking(query: str, answer: Reranking, num_candidates: int, note: str) -> None:
+    """The ranking, then candidates that could not be scored, then where the time went, and a note."""
     from rich.console import Console
     from rich.table import Table
 
@@ -265,6 +288,8 @@ def _print_reranking(query: str, answer: Reranking, num_candidates: int) -> None
         how += f", scored at ratio {summary.compression_ratio}"
     cut = ", the query was cut" if summary.query_truncated else ""
     console.print(f"{summary.num_scored} of {num_candidates} scored by {summary.model} {how}{cut}", style="dim")
+    if note:
+        console.print(note, style="yellow")
     if summary.degraded is not None:
         requested = format_stages(summary.degraded.stages) or str(summary.degraded.compression_ratio)
         pressure = f"the server was under pressure ({summary.degraded.reason})"

@@ -15,7 +15,7 @@ from decoder_server.engine.fetch import FetchedPassage
 from decoder_server.engine.plan import Plan
 from decoder_server.engine.request_run import CascadeState
 from preread.v1 import common_pb2, rerank_pb2
-from preread.values import Candidate, Result, Stage
+from preread.values import Candidate, Result, Stage, parse_stages
 
 QUERY = "what is read once?"
 
@@ -181,8 +181,6 @@ async def test_a_stream_brings_each_candidate_once_as_far_as_it_came(serve, text
 @pytest.mark.parametrize(
     ("fields", "field", "says"),
     [
-        ({"stages": stages((6, 1))}, "stages[0].compression_ratio", "multiple of 4"),
-        ({"stages": stages((32, 5), (6, 1))}, "stages[1].compression_ratio", "multiple of 4"),
         ({"stages": stages((8, 5), (8, 1))}, "stages[1].compression_ratio", "less than 8"),
         ({"stages": stages((8, 0), (4, 0))}, "stages[0].keep", "1 or more"),
         ({"stages": stages((8, 5), (4, 6))}, "stages[1].keep", "at most 5"),
@@ -208,12 +206,33 @@ async def test_served_defaults_are_read_where_a_request_says_nothing(serve, text
         assert (await serving.rerank(ids=["p1"], compression_ratio=8)).compression_ratio == 8
     async with serve(read_ratio=2) as serving:  # stored at 4: that is the finest there is
         assert (await serving.rerank(ids=["p1"])).compression_ratio == 4
-    defaults = (Stage(32, 3), Stage(4, 2), Stage(1))
-    async with serve(stages=defaults) as serving:
+    async with serve(stages=(Stage(32, 3), Stage(4))) as serving:
         answer = await serving.rerank(ids=list(texts)[:6])
         assert list(answer.stages) == stages((32, 3), (4, 0))
-        assert [len(result.stages) for result in answer.results] == [2, 2, 2, 1, 1, 1]
         assert not (await serving.rerank(ids=["p1"], compression_ratio=8)).stages
+
+
+@pytest.mark.parametrize(
+    ("planned", "used"),  # of a collection stored at 4
+    [
+        ("32:3, 4:2, 1", "32:3, 4"),
+        ("32:3, 8:2, 4", "32:3, 8:2, 4"),
+        ("6:3, 5:2, 1:1", "8:2, 4:1"),  # 6 and 5 both become 8
+        ("3:3, 2:2, 1", "4"),
+        ("2147483647:3, 1", "2147483644:3, 4"),  # no message holds the next multiple
+    ],
+)
+async def test_one_cascade_means_the_same_in_a_request_and_as_the_default(serve, texts, planned, used) -> None:
+    """Every ratio goes to the next that the collection can give, and of equal ones the later one stays."""
+    ids, used = list(texts)[:6], [(one.compression_ratio, one.keep) for one in parse_stages(used)]
+    async with serve() as serving, serve(stages=parse_stages(planned)) as by_default:
+        asked = stages(*((one.compression_ratio, one.keep) for one in parse_stages(planned)))
+        answer, default = await serving.rerank(ids=ids, stages=asked), await by_default.rerank(ids=ids)
+        assert list(answer.stages) == list(default.stages) == stages(*used)
+        assert list(answer.results) == list(default.results)
+        assert list(answer.results) == list((await serving.rerank(ids=ids, stages=answer.stages)).results)
+        # Texts that come with a request are encoded as asked: nothing is stored that could not give it.
+        assert list((await serving.rerank(ids=[], inline=["a text"], collection="", stages=asked)).stages) == asked
 
 
 async def test_a_deadline_cuts_and_what_is_finished_comes_marked(serve, gated, texts, by_hand) -> None:

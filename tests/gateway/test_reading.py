@@ -55,6 +55,19 @@ def test_every_dialect_reads_in_stages(running, query, documents, path, field, w
     assert [r["index"] for r in again] == [r["index"] for r in results]
 
 
+def test_stages_that_a_collection_cannot_give_are_fitted_to_it_and_named(running, query, documents):
+    passages = [{"id": f"d{i}", "text": text} for i, text in enumerate(documents)]
+    stored = running.post("/v1/collections/coarse/passages", {"passages": passages, "compression_ratio": 4})
+    assert stored.status_code == 200, stored.text
+    body = {"query": query, "collection": "coarse", "passage_ids": ["d0", "d1", "d2", "d3"], "stages": "32:3,4:2,1"}
+    response = running.post("/v1/rerank", body)
+    assert response.status_code == 200, response.text
+    assert response.headers["x-preread-read"] == "32:3,4"
+    refused = running.post("/v1/rerank", body | {"stages": None, "compression_ratio": 6})
+    assert refused.status_code == 400
+    assert "compression_ratio is 6; expected a multiple of 4" in refused.json()["message"]
+
+
 def test_without_return_margins_results_are_as_ever(running):
     answer = running.ask(stages="8:2,1")
 

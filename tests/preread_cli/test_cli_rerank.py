@@ -68,6 +68,22 @@ def test_a_ratio_and_stages_are_read_as_asked_and_shown(rerank) -> None:
     assert rerank("blue sky", "-c", COLLECTION, "--stages", "8:2, 32").exit_code == 2
 
 
+def test_stages_that_the_collection_cannot_give_are_said_and_why(rerank, tmp_path: Path) -> None:
+    """It is stored at 4."""
+    said = "stages 32:2,4 in place of 32:2,4:1,1; no multiple of the stored ratio: 1"
+    table = rerank("blue sky", "-c", COLLECTION, "--stages", "32:2, 4:1, 1")
+    assert table.exit_code == 0, table.stderr
+    assert said in " ".join(table.stdout.split())
+    assert "in place of" not in rerank("blue sky", "-c", COLLECTION, "--stages", "32:2, 8").stdout
+
+    (tmp_path / "queries.tsv").write_text("q1\tblue sky\nq2\tgreen grass\n")
+    queries = ("--queries", str(tmp_path / "queries.tsv"), "-c", COLLECTION, "--output", str(tmp_path / "out.run"))
+    assert rerank(*queries, "--stages", "32:2, 4:1, 1").stderr.count(said) == 1
+
+    summary = json.loads(rerank("blue sky", "-c", COLLECTION, "--stages", "32:2, 4:1, 1", "--json").stdout)["summary"]
+    assert [(one["compression_ratio"], one["keep"]) for one in summary["stages"]] == [(32, 2), (4, 0)]
+
+
 def test_a_run_of_a_cascade_reads_back_in_its_order(rerank, client, tmp_path: Path) -> None:
     (tmp_path / "queries.tsv").write_text("q1\tblue sky\n")
     run = tmp_path / "out.run"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from preread import Client, ClientOptions
+from preread import Client, ClientOptions, format_stages
 
 ROOT = Path(__file__).parents[2]
 NUM_PASSAGES = 40
@@ -55,7 +55,7 @@ class Server:
 
 
 @contextmanager
-def serving(checkpoint: Path, path: Path, log: Path) -> Iterator[Server]:
+def serving(checkpoint: Path, path: Path, log: Path, *more: str) -> Iterator[Server]:
     """A server that reads the store for every request: it keeps no states."""
     arguments = (
         "serve",
@@ -69,7 +69,7 @@ def serving(checkpoint: Path, path: Path, log: Path) -> Iterator[Server]:
         "--threads",
         1,
     )
-    flags = ("--dtype", "float32", "--cache-bytes", 0, "--keys-cache-bytes", 0, "--prefix-cache-bytes", 0)
+    flags = ("--dtype", "float32", "--cache-bytes", 0, "--keys-cache-bytes", 0, "--prefix-cache-bytes", 0, *more)
     with log.open("wb") as output:
         process = subprocess.Popen(command(*arguments, *flags), stdout=output, stderr=output, env=environment())
     try:
@@ -139,6 +139,17 @@ def test_a_segment_truncated_while_requests_flow_costs_its_passages_and_no_proce
         os.truncate(segment, len(whole) - 10)
         after = statuses(client, IDS)
         assert sorted(after.values()) == ["corrupt"] + ["hit"] * (NUM_PASSAGES - 1)
+
+
+def test_the_start_says_what_the_default_cascade_is_for_each_collection(
+    tiny_checkpoint: Path, indexed: Path, tmp_path: Path
+) -> None:
+    with serving(tiny_checkpoint, indexed, tmp_path / "log", "--stages", "32:20, 4:5, 1") as server:
+        (line,) = re.findall("^collections .*", (tmp_path / "log").read_text(), re.MULTILINE)
+        assert "ratio 4" in line
+        assert "scored at 32:20,4" in line
+        with Client(server.address) as client:
+            assert format_stages(client.rerank("q", IDS, collection="docs").summary.stages) == "32:20,4"
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "schema"])

@@ -37,7 +37,7 @@ class _StageBody(Struct):
 
 
 class _Stages(tuple[values.Stage, ...]):
-    """A cascade, `"32:100, 4:20, 1"` or a list of objects. Whether its stages fit together is the engine's to check."""
+    """A cascade, `"32:100, 8:20, 4"` or a list of objects. Whether its stages fit together is the engine's to check."""
 
     _FIELDS: ClassVar[Schema] = {"compression_ratio": Count.schema, "keep": Count.schema}
     _STAGE: ClassVar[Schema] = {"type": "object", "required": ["compression_ratio"], "properties": _FIELDS}
@@ -82,7 +82,7 @@ class RerankBody(Struct, kw_only=True):
     ] = None
     stages: Annotated[
         _Stages | None,
-        _about("A cascade: '32:100, 4:20, 1' scores all at ratio 32, the best 100 at 4, 20 of those at 1"),
+        _about("A cascade: '32:100, 8:20, 4' scores all at ratio 32, the best 100 at 8, 20 of those at 4"),
     ] = None
     on_miss: Annotated[_OnMiss | None, _about("For ids that are not stored")] = None
     return_margins: Annotated[

@@ -28,7 +28,7 @@ _ERRORS = {
     "504": "The deadline passed",
 }
 _RERANK_HEADERS = {
-    "x-preread-read": "The ratio that was used, or the stages of a cascade: 32:100,4:20,1",
+    "x-preread-read": "The ratio that was used, or the stages of a cascade: 32:100,8:20,4",
     "x-preread-degraded": "Scored at a coarser ratio than requested: deadline or queue",
     "x-preread-asked": "With x-preread-degraded: the ratio or stages without the pressure",
     "x-preread-stopped-early": "true: the deadline ended the cascade before its last stage",
