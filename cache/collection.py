@@ -1,13 +1,16 @@
 """Collection: passages of one encoder identity in a store, encoded on writing, decoded on reading or by the reader."""
 
+import base64
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TypeVar
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from cache import errors
@@ -19,6 +22,7 @@ from cache.store import Store, StoreStats
 _T = TypeVar("_T")
 
 _SCAN_BATCH_PASSAGES = 256
+_TOKEN_CHECKSUM = struct.Struct("<Q")
 
 # Numbers outside a codec's trained range, as a share of a write's. On scifact with preread-mini a table of 100
 # abstracts or more clips 0.03% (SQ8 and SQ4, r = 1) to 0.2% (r = 32) of other abstracts' numbers, PQ up to 1.7%; one of
@@ -157,6 +161,25 @@ class Collection:
             if isinstance(states, PassageStates) and not np.isfinite(states.states).all():
                 damage = "decoded states are not finite"
             yield passage_id, version, damage
+
+    def list_ids(self, limit: int, page_token: str = "") -> tuple[list[str], str]:
+        """A page of ids and the token of the next one, "" with the last, as Store.list_ids does; InvalidPageToken.
+
+        A token is of this collection, and of no other one that took its name or alias.
+        """
+        after = b""
+        if page_token:
+            with suppress(ValueError):  # no base64; a checksum finds the rest
+                after = base64.urlsafe_b64decode(page_token)
+            after = after[_TOKEN_CHECKSUM.size :]
+            if not after or page_token != self._page_token(after):
+                raise errors.InvalidPageToken(f"no token of collection {self.name!r}")
+        ids, after = self.store.list_ids(self.name, limit, after)
+        return ids, self._page_token(after) if after else ""
+
+    def _page_token(self, after: bytes) -> str:
+        checksum = xxhash.xxh3_64_intdigest(f"{self.name}:{self._binding}:".encode() + after)
+        return base64.urlsafe_b64encode(_TOKEN_CHECKSUM.pack(checksum) + after).decode()
 
     def _scan(self) -> Iterator[tuple[str, Record | Damaged, PassageStates | Damaged]]:
         records = self.store.scan(self.name)

@@ -57,6 +57,10 @@ class ManifestError(CacheError):
     """A manifest that cannot be read or breaks a rule."""
 
 
+class InvalidPageToken(CacheError):
+    """Not where a page of this collection's ids begins, or no longer."""
+
+
 class CodecError(CacheError):
     """An unknown factory string, a bad table, an untrained codec, or values a codec cannot hold."""
 

@@ -1,5 +1,6 @@
 """MemoryStore: `memory:`, records in this process, for a service whose two halves share one, and for tests."""
 
+import heapq
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,6 +67,12 @@ class MemoryStore(Store):
             (record,) = self.get_many(collection, [passage_id])
             if record is not None:
                 yield passage_id, record
+
+    def list_ids(self, collection: str, limit: int, after: bytes = b"") -> tuple[list[str], bytes]:
+        with self._lock:
+            later = (one for id_ in self._values.get(collection, {}) if (one := id_.encode()) > after)
+            page = heapq.nsmallest(limit + 1, later)
+        return [one.decode() for one in page[:limit]], page[limit - 1] if len(page) > limit else b""
 
     def stats(self, collection: str) -> StoreStats:
         return StoreStats.of(self.headers_many(collection, self._ids(collection)))

@@ -85,6 +85,7 @@ class _StoreWrapper(Store):
     delete_many = _forwarded(Store.delete_many)
     headers_many = _forwarded(Store.headers_many)
     scan = _forwarded(Store.scan)
+    list_ids = _forwarded(Store.list_ids)
     stats = _forwarded(Store.stats)
     audit = _forwarded(Store.audit)
     mend = _forwarded(Store.mend)

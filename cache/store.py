@@ -71,6 +71,14 @@ class Store(ABC):
         """Every passage once, in no particular order. Passages written or deleted meanwhile may or may not be seen."""
 
     @abstractmethod
+    def list_ids(self, collection: str, limit: int, after: bytes = b"") -> tuple[list[str], bytes]:
+        """Passage ids in the store's own order, and `after` of the next page; b"" with the last. Reads no records.
+
+        A page has about `limit` ids: at times fewer, none even, or some more. Raises InvalidPageToken for an `after`
+        that is of no earlier page, or of one from before the store could have lost its order.
+        """
+
+    @abstractmethod
     def stats(self, collection: str) -> StoreStats: ...
 
     def audit(self, collection: str) -> Audit:

@@ -87,6 +87,23 @@ class Client(BaseClient):
         response = _call(self._server, "ListCollections", rerank_pb2.ListCollectionsRequest(), timeout)
         return tuple(wire.unpack(values.CollectionInfo, collection) for collection in response.collections)
 
+    def list_passages(self, collection: str, *, page_size: int = 0, timeout: float | None = None) -> Iterator[str]:
+        """The ids of a collection's passages, in the store's order, fetched in pages of about `page_size` (0: 1,000).
+
+        Passages written or deleted meanwhile may or may not be among them; from Redis an id may come twice. `timeout`
+        is of each page. InvalidRequest where the collection was replaced, or Redis restarted: list it again.
+        """
+        request = wire.pack(rerank_pb2.ListPassagesRequest, "collection", collection=collection, page_size=page_size)
+        return self._list_passages(request, Argument("timeout", timeout).seconds())
+
+    def _list_passages(self, request: rerank_pb2.ListPassagesRequest, timeout: float | None) -> Iterator[str]:
+        while True:
+            response = _call(self._server, "ListPassages", request, timeout)
+            yield from response.passage_ids
+            if not response.next_page_token:
+                return
+            request.page_token = response.next_page_token
+
     def upsert(
         self,
         passages: wire.Passages,

@@ -242,11 +242,15 @@ class Connection(sqlite3.Connection):
         """The next rows in order of passage id bytes, and the last id of those."""
         query = f"{_SELECT} AND passage_id > ? ORDER BY passage_id LIMIT ?"
         values = self.execute(query, (collection_id, after, limit)).fetchall()
-        for encoded_id, *_ in values:
-            if typed(bytes, encoded_id) <= after:  # a scan over such an index might not end
-                raise StoreDamaged("the catalogue is damaged: its index of passage ids is out of order")
-            after = encoded_id
-        return list(_rows(collection_id, values)), after
+        _check_order(after, values)
+        return list(_rows(collection_id, values)), values[-1][0] if values else after
+
+    def next_ids(self, collection_id: int, after: bytes, limit: int) -> list[bytes]:
+        """The next passage ids in order of their bytes, from the index alone."""
+        query = "SELECT passage_id FROM passages WHERE collection_id = ? AND passage_id > ? ORDER BY passage_id LIMIT ?"
+        values = self.execute(query, (collection_id, after, limit)).fetchall()
+        _check_order(after, values)
+        return [encoded_id for (encoded_id,) in values]
 
     def headers(self, collection_id: int, passage_ids: Sequence[str]) -> dict[str, Header]:
         found: dict[str, Header] = {}
@@ -275,6 +279,14 @@ class Connection(sqlite3.Connection):
         encoded = map(passage_id_bytes, dict.fromkeys(passage_ids))
         while chunk := list(islice(encoded, _LOOKUP_CHUNK)):
             yield from self.execute(f"{query} ({','.join('?' * len(chunk))})", (collection_id, *chunk))
+
+
+def _check_order(after: bytes, values: Iterable[Sequence[Any]]) -> None:
+    """Of rows that begin with a passage id; a walk over an index in another order might not end."""
+    for encoded_id, *_ in values:
+        if typed(bytes, encoded_id) <= after:
+            raise StoreDamaged("the catalogue is damaged: its index of passage ids is out of order")
+        after = encoded_id
 
 
 class _Row(NamedTuple):

@@ -27,7 +27,7 @@ from cache.faiss.maintenance import Compaction, Compactor, audit, rebuild
 from cache.faiss.rows import read_records, translated, typed
 from cache.faiss.segments import SegmentFiles
 from cache.manifest import Manifest
-from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
+from cache.record import Damaged, Header, Record, check_name, is_passage_id, passage_id_bytes
 from cache.store import Audit, Store, StoreStats
 
 _SCAN_PAGE_PASSAGES, _RENEWED_PASSAGES = 256, 20_000
@@ -119,6 +119,13 @@ class FaissStore(Store):
                 found = self.get_many(collection, [passage_id])[0] if isinstance(record, str) else record
                 if found is not None:
                     yield passage_id, found
+
+    def list_ids(self, collection: str, limit: int, after: bytes = b"") -> tuple[list[str], bytes]:
+        with self._catalogue.reading() as connection:
+            collection_id = connection.find_collection(collection)
+            page = [] if collection_id is None else connection.next_ids(collection_id, after, limit + 1)
+        ids = (one.decode(errors="surrogateescape") for one in page[:limit])  # `verify` reports those that are no ids
+        return list(filter(is_passage_id, ids)), page[limit - 1] if len(page) > limit else b""
 
     def stats(self, collection: str) -> StoreStats:
         # As the triggers keep count; `audit` compares them with the rows.

@@ -13,6 +13,7 @@ that cannot be Preread's are skipped: the database may be shared. A multi-get is
 
 import logging
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -119,6 +120,31 @@ class RedisStore(Store):
             for passage_id, record in zip(batch, self.get_many(collection, batch, self._bulk), strict=True):
                 if record is not None:
                     yield passage_id, record
+
+    def list_ids(self, collection: str, limit: int, after: bytes = b"") -> tuple[list[str], bytes]:
+        """A page ends with a reply of SCAN, or after COUNT_SECONDS. Pages may repeat ids, while Redis rehashes.
+
+        SCAN's cursors mean something to one process alone, in a cluster to one among the present primaries: a restart,
+        failover or new node ends a listing. Passages that a cluster moves to another node meanwhile may be missed.
+        """
+        start, link = self._key_start(collection), self._counting
+        nodes = sorted(link.primaries(), key=lambda node: node.name if node else "")
+        servers = xxhash.xxh3_64_hexdigest(",".join(node.name if node else "" for node in nodes).encode())
+        index, cursor, process = _scan_place(after, servers, len(nodes))
+        ids: dict[str, None] = {}
+        end = time.monotonic() + _COUNT_SECONDS
+        while index < len(nodes) and len(ids) < limit and time.monotonic() < end:
+            count = min(_SCAN_COUNT, max(limit - len(ids), _READ_CHUNK))
+            scan, came_from = ("SCAN", cursor, "MATCH", start + b"*", "COUNT", count), cursor
+            is_reply = partial(_is_page_or_info, start=start)
+            (cursor, keys), info = link.run([scan, ("INFO", "server")], is_reply, 2, node=nodes[index])
+            if came_from and (info.get("run_id") != process or cursor == came_from):
+                raise errors.InvalidPageToken("the Redis server has restarted since the page before")
+            process = info.get("run_id")
+            found = (key[len(start) :].decode(errors="surrogateescape") for key in keys)
+            ids |= dict.fromkeys(filter(is_passage_id, found))
+            index += not cursor
+        return list(ids), f"{servers} {index} {cursor} {process}".encode() if index < len(nodes) else b""
 
     def stats(self, collection: str) -> StoreStats:
         """Counted by a scan over headers: about a second per million passages on a local server."""
@@ -309,6 +335,24 @@ def _is_page(reply: object, start: bytes) -> bool:
     if not (isinstance(reply, tuple) and len(reply) == 2 and _is_count(reply[0]) and _is_list(reply[1])):
         return False
     return all(key.startswith(start) for key in reply[1])
+
+
+def _is_page_or_info(reply: object, start: bytes) -> bool:
+    return isinstance(reply, dict) if not isinstance(reply, tuple) else _is_page(reply, start)
+
+
+def _scan_place(after: bytes, servers: str, num_nodes: int) -> tuple[int, int, str]:
+    """Node, cursor and process that a page begins at."""
+    if not after:
+        return 0, 0, ""
+    known, index, cursor, process = [*after.decode(errors="replace").split(" "), "", "", "", ""][:4]
+    if known != servers or not (_is_number(index) and _is_number(cursor)) or int(index) >= num_nodes:
+        raise errors.InvalidPageToken("the Redis servers are not those of the page before")
+    return int(index), int(cursor), process
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 20  # of 64 bits
 
 
 def _name(field: bytes) -> str | None:

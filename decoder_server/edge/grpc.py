@@ -17,6 +17,7 @@ import grpc
 from cache.errors import CacheError
 from cache.store import Store
 from decoder_server.edge.engines import collection_infos, every_scored, model_info, tei_info
+from decoder_server.engine.collections import list_ids
 from decoder_server.engine.engine import ANY_QUERY, Engine, choose
 from preread.errors import InvalidRequest, Unavailable
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
@@ -82,6 +83,11 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
             raise Unavailable(str(exc)) from exc
         collections = [_pack(info, common_pb2.CollectionInfo) for info in infos]
         return rerank_pb2.ListCollectionsResponse(collections=collections)
+
+    async def ListPassages(self, request: rerank_pb2.ListPassagesRequest, context: Context) -> Any:  # noqa: N802
+        where = self._store, request.collection, request.page_size, request.page_token
+        ids, next_page_token = await asyncio.to_thread(list_ids, *where)
+        return rerank_pb2.ListPassagesResponse(passage_ids=ids, next_page_token=next_page_token)
 
     async def Warm(self, request: rerank_pb2.WarmRequest, context: Context) -> Any:  # noqa: N802
         engine = choose(self.engines, request.model)

@@ -3,17 +3,19 @@
 import logging
 import time
 from dataclasses import dataclass
-from itertools import islice
 from threading import Lock
 
 from cache import errors
 from cache.collection import Collection
 from cache.manifest import Manifest
+from cache.record import check_name
 from cache.store import Store, StoreStats
 from checkpoint import EncoderIdentity
 from preread.errors import FailedPrecondition, InvalidRequest, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
+
+PAGE_SIZE, MAX_PAGE_SIZE = 1000, 5000  # of ids; so many, of 512 bytes each, fit the 4 MiB that gRPC clients receive
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,23 @@ def describe(store: Store, unreadable: dict[str, str] | None = None) -> list[Sto
     return described
 
 
+def list_ids(store: Store, name: str, page_size: int, page_token: str) -> tuple[list[str], str]:
+    """A page of a collection's passage ids, of any encoder, and the token of the next one, "" with the last.
+
+    Raises InvalidRequest for a size or token out of range, and as Catalogue.open does. Blocks on the store.
+    """
+    if not 0 <= page_size <= MAX_PAGE_SIZE:
+        raise InvalidRequest("page_size", page_size, f"1..{MAX_PAGE_SIZE}, or 0 for {PAGE_SIZE}")
+    collection = Catalogue(store, None, 0.0).open(name)
+    try:
+        return collection.list_ids(page_size or PAGE_SIZE, page_token)
+    except errors.InvalidPageToken as exc:
+        expected = f"the next_page_token of the page before ({exc}); list from the first page, without a token"
+        raise InvalidRequest("page_token", page_token, expected) from exc
+    except errors.CacheError as exc:
+        raise Unavailable(f"the store could not be read: {exc}") from exc
+
+
 class Catalogue:
     """The collections of one store that one encoder's states may be read from; without an encoder, texts of any."""
 
@@ -60,7 +79,12 @@ class Catalogue:
 
     def first_ids(self, name: str, num_ids: int) -> list[str]:
         """Some passages of a collection, the store's first; raises as `open` does. Blocks on the store."""
-        return [passage_id for passage_id, _ in islice(self.store.scan(self.open(name).name), num_ids)]
+        collection, ids, page_token = self.open(name), list[str](), ""
+        while True:
+            page, page_token = collection.list_ids(num_ids, page_token)
+            ids += page
+            if len(ids) >= num_ids or not page_token:
+                return ids[:num_ids]
 
     def open(self, name: str) -> Collection:
         """The collection that `name`, itself or as an alias, means now. Blocks on the store.
@@ -75,6 +99,7 @@ class Catalogue:
                 return known  # another thread looked while this one waited
             checked = time.monotonic()
             try:
+                check_name("collection", name)
                 if self._failed is not None and self._failed[0] >= came:
                     raise self._failed[1]  # and was kept waiting: not each of them in turn
                 # Equal manifests, not equal names: a collection may be dropped and rewritten.

@@ -55,6 +55,11 @@ class RerankServiceStub:
                 request_serializer=preread_dot_v1_dot_rerank__pb2.ListCollectionsRequest.SerializeToString,
                 response_deserializer=preread_dot_v1_dot_rerank__pb2.ListCollectionsResponse.FromString,
                 _registered_method=True)
+        self.ListPassages = channel.unary_unary(
+                '/preread.v1.RerankService/ListPassages',
+                request_serializer=preread_dot_v1_dot_rerank__pb2.ListPassagesRequest.SerializeToString,
+                response_deserializer=preread_dot_v1_dot_rerank__pb2.ListPassagesResponse.FromString,
+                _registered_method=True)
         self.Warm = channel.unary_unary(
                 '/preread.v1.RerankService/Warm',
                 request_serializer=preread_dot_v1_dot_rerank__pb2.WarmRequest.SerializeToString,
@@ -96,6 +101,13 @@ class RerankServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListPassages(self, request, context):
+        """The ids of a collection's passages, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Warm(self, request, context):
         """Pre-fills the KV and prefix caches for these passages; a hit costs a third
         of a miss. Changes no score.
@@ -126,6 +138,11 @@ def add_RerankServiceServicer_to_server(servicer, server):
                     servicer.ListCollections,
                     request_deserializer=preread_dot_v1_dot_rerank__pb2.ListCollectionsRequest.FromString,
                     response_serializer=preread_dot_v1_dot_rerank__pb2.ListCollectionsResponse.SerializeToString,
+            ),
+            'ListPassages': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPassages,
+                    request_deserializer=preread_dot_v1_dot_rerank__pb2.ListPassagesRequest.FromString,
+                    response_serializer=preread_dot_v1_dot_rerank__pb2.ListPassagesResponse.SerializeToString,
             ),
             'Warm': grpc.unary_unary_rpc_method_handler(
                     servicer.Warm,
@@ -242,6 +259,33 @@ class RerankService:
             '/preread.v1.RerankService/ListCollections',
             preread_dot_v1_dot_rerank__pb2.ListCollectionsRequest.SerializeToString,
             preread_dot_v1_dot_rerank__pb2.ListCollectionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPassages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/preread.v1.RerankService/ListPassages',
+            preread_dot_v1_dot_rerank__pb2.ListPassagesRequest.SerializeToString,
+            preread_dot_v1_dot_rerank__pb2.ListPassagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,8 @@ class RerankServiceStub:
     """The models served here and their limits."""
     ListCollections: _grpc.UnaryUnaryMultiCallable[_rerank_pb2.ListCollectionsRequest, _rerank_pb2.ListCollectionsResponse]
     """The collections this server can read."""
+    ListPassages: _grpc.UnaryUnaryMultiCallable[_rerank_pb2.ListPassagesRequest, _rerank_pb2.ListPassagesResponse]
+    """The ids of a collection's passages, page by page."""
     Warm: _grpc.UnaryUnaryMultiCallable[_rerank_pb2.WarmRequest, _rerank_pb2.WarmResponse]
     """Pre-fills the KV and prefix caches for these passages; a hit costs a third
     of a miss. Changes no score.
@@ -65,6 +67,8 @@ class RerankServiceAsyncStub(RerankServiceStub):
     """The models served here and their limits."""
     ListCollections: _aio.UnaryUnaryMultiCallable[_rerank_pb2.ListCollectionsRequest, _rerank_pb2.ListCollectionsResponse]  # type: ignore[assignment]
     """The collections this server can read."""
+    ListPassages: _aio.UnaryUnaryMultiCallable[_rerank_pb2.ListPassagesRequest, _rerank_pb2.ListPassagesResponse]  # type: ignore[assignment]
+    """The ids of a collection's passages, page by page."""
     Warm: _aio.UnaryUnaryMultiCallable[_rerank_pb2.WarmRequest, _rerank_pb2.WarmResponse]  # type: ignore[assignment]
     """Pre-fills the KV and prefix caches for these passages; a hit costs a third
     of a miss. Changes no score.
@@ -107,6 +111,14 @@ class RerankServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_rerank_pb2.ListCollectionsResponse, _abc.Awaitable[_rerank_pb2.ListCollectionsResponse]]:
         """The collections this server can read."""
+
+    @_abc_1.abstractmethod
+    def ListPassages(
+        self,
+        request: _rerank_pb2.ListPassagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rerank_pb2.ListPassagesResponse, _abc.Awaitable[_rerank_pb2.ListPassagesResponse]]:
+        """The ids of a collection's passages, page by page."""
 
     @_abc_1.abstractmethod
     def Warm(

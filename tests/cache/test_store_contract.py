@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from cache.collection import Collection
-from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound, InvalidName
+from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound, InvalidName, InvalidPageToken
 from cache.record import Damaged
 from cache.store import StoreStats
 
@@ -273,6 +273,47 @@ def test_damage_costs_that_passage_alone(backend, store, make_record, same, dama
     assert same(scanned["a"], records["a"])
     store.put_many("passages", {"b": records["b"]})  # writing it again heals it
     assert same(reader.get_many("passages", ["b"])[0], records["b"])
+
+
+def test_pages_of_ids_hold_every_passage(store, make_record):
+    ids = {f"p{i}" for i in range(150)} | {"a b", "ü/ö", "x:y"}
+    store.put_many("passages", {id_: make_record(1) for id_ in ids})
+    store.delete_many("passages", ["p3"])
+    assert store.list_ids("elsewhere", 10) == ([], b"")
+    for limit in (1, 50, 152, 1000):
+        found, after, num_pages = [], b"", 0
+        while after or not num_pages:
+            page, after = store.list_ids("passages", limit, after)
+            found, num_pages = found + page, num_pages + 1
+        assert set(found) == ids - {"p3"}
+        assert len(found) == 152  # nothing rehashes meanwhile
+        assert num_pages > 1 or limit >= 100
+
+
+def test_passages_that_stay_are_listed_whatever_changes_meanwhile(store, make_record):
+    store.put_many("passages", {f"p{i}": make_record(1) for i in range(300)})
+    found, after = store.list_ids("passages", 50)
+    store.delete_many("passages", [f"p{i}" for i in range(100)])
+    store.put_many("passages", {f"new{i}": make_record(1) for i in range(600)})
+    while after:
+        page, after = store.list_ids("passages", 50, after)
+        found += page
+    assert set(found) >= {f"p{i}" for i in range(100, 300)}
+
+
+def test_a_page_token_is_of_one_collection_and_whole(store, make_record, make_manifest):
+    store.put_many("passages", {f"p{i}": make_record(1) for i in range(300)})
+    store.write_manifest(make_manifest("others"))
+    collection, others = Collection.open(store, "passages"), Collection.open(store, "others")
+    ids, token = collection.list_ids(100)
+    rest, _ = collection.list_ids(1000, token)
+    assert len({*ids, *rest}) == 300
+    assert others.list_ids(10) == ([], "")
+    for wrong in (token[:-4], token + "AAAA", "A" * len(token), "no token", "é", token.swapcase()):
+        with pytest.raises(InvalidPageToken):
+            collection.list_ids(100, wrong)
+    with pytest.raises(InvalidPageToken):
+        others.list_ids(100, token)
 
 
 def test_threads_share_a_store(store, make_record, same):
