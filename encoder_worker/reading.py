@@ -1,7 +1,6 @@
 """Passages on their way to the model: checked, compared with the collection, tokenized, a batch at a time."""
 
 import asyncio
-import hashlib
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -10,20 +9,16 @@ from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cache.record import is_passage_id
 from cache.states import text_digest
 from encoder_worker.config import IndexOptions
 from encoder_worker.passage_encoder import TOKENIZE_TEXTS, PassageEncoder
-from encoder_worker.sources import Item, Place, Reason, Refused, SourceError, SourcePassage
+from encoder_worker.sources import Item, Reason, Refused, SourceError, SourcePassage
+from encoder_worker.sources.seen import SeenIds
 from encoder_worker.writing import Target, Upsert
 
 T = TypeVar("T")
 _POLL_SECONDS, _JOIN_SECONDS = 0.1, 1.0
-_MERGE_AT = 1 << 16
-_LINE_BITS = 40
 
 
 @dataclass
@@ -57,47 +52,6 @@ class ReadBatch:
         """Nothing of it waits for the model."""
         open_ones = islice(self.upserts, self._num_finished, None)
         return self.tokenized and all(one.states is not None or one.finished for one in open_ones)
-
-
-class SeenIds:
-    """Ids that came already, and where, in some 20 bytes each, so that a hundred million fit.
-
-    By 64-bit hash: a dict of the latest, merged into sorted arrays of doubling size. Two different ids share a hash
-    once in some three hundred thousand runs of ten million ids; the second one is then refused, visibly.
-    """
-
-    def __init__(self) -> None:
-        self._sources: list[str] = []
-        self._latest: dict[int, int] = {}  # hash -> number of the source and line in one
-        self._sorted: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []  # the same, large to small
-
-    def once(self, passage: SourcePassage) -> SourcePassage | Refused:
-        """The passage, or the reason it is refused where its id came before."""
-        key = int.from_bytes(hashlib.blake2b(passage.passage_id.encode(), digest_size=8).digest(), "little")
-        found = self._latest.get(key)
-        wanted = np.uint64(key)
-        for hashes, places in self._sorted if found is None else ():
-            at = int(np.searchsorted(hashes, wanted))
-            if at < len(hashes) and hashes[at] == wanted:
-                found = int(places[at])
-                break
-        if found is not None:
-            first = Place(self._sources[found >> _LINE_BITS], found & ((1 << _LINE_BITS) - 1))
-            message = f"id {passage.passage_id!r} came before, at {first}; the first one counts"
-            return Refused(passage.place, passage.passage_id, Reason.DUPLICATE_ID, message)
-        if not self._sources or self._sources[-1] != passage.place.source:
-            self._sources.append(passage.place.source)
-        self._latest[key] = (len(self._sources) - 1) << _LINE_BITS | passage.place.line
-        if len(self._latest) >= _MERGE_AT:
-            hashes = np.fromiter(self._latest.keys(), np.uint64, len(self._latest))
-            places = np.fromiter(self._latest.values(), np.uint64, len(self._latest))
-            self._latest = {}
-            while self._sorted and len(self._sorted[-1][0]) <= len(hashes):
-                more_hashes, more_places = self._sorted.pop()
-                hashes, places = np.concatenate([more_hashes, hashes]), np.concatenate([more_places, places])
-            order = np.argsort(hashes)
-            self._sorted.append((hashes[order], places[order]))
-        return passage
 
 
 @dataclass
