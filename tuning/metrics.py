@@ -169,9 +169,20 @@ class Quality:
         return Interval(1 - kept.mean, 1 - kept.high, 1 - kept.low)
 
     @property
-    def gain(self) -> float:
-        """The loss with its sign reversed, for people: a change, and never -0."""
-        return round(-self.loss.mean, 9) + 0.0
+    def change_words(self) -> str:
+        """Of nDCG@10, relative to the baseline: `gains 4.1%`, `loses 0.4%`, `loses nothing`."""
+        loss = round(self.loss.mean, 3)
+        return f"{'loses' if loss > 0 else 'gains'} {abs(loss):.1%}" if loss else "loses nothing"
+
+    @property
+    def range_words(self) -> str:
+        """The interval of that change: `from a loss of 11.3% to a gain of 19.5%`, `a gain of 1.0% to 3.0%`."""
+        low, high = round(-self.loss.high, 3), round(-self.loss.low, 3)
+        if low < 0 < high:
+            return f"from a loss of {-low:.1%} to a gain of {high:.1%}"
+        near, far = sorted((abs(low), abs(high)))
+        side, end = "loss" if low < 0 else "gain", f" to {far:.1%}" if far > near else ""
+        return f"a {side} of {near:.1%}{end}" if far else "no change"
 
     def measures_json(self, **compared: Mapping[str, Interval | None] | None) -> dict[str, Any]:
         """`measures`, each with its comparisons by key, None left out, and `per_query`, null where undefined."""

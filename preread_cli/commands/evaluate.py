@@ -162,18 +162,21 @@ def _inputs(options: Mapping[str, Any], out: Path | None, *, need_qrels: bool = 
 
 
 def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | None, options: Mapping[str, Any]) -> None:
+    from tuning.sweep.outputs import config_toml, print_sweep, sweep_json
     from tuning.sweep.page import write_page
-    from tuning.sweep.report import Choice
+    from tuning.sweep.summary import Choice, Summary
 
     choice = Choice.among(limits, report.rows) if limits.given else None
-    write_output(out / "tune.json", report.to_json(limits, choice))
-    write_page(out, report, limits, choice)
-    report.print(choice, show_all=options["show_all"])
+    summary = Summary(report, limits, choice)
+    write_output(out / "tune.json", sweep_json(summary))
+    write_page(out, summary)
+    print_sweep(summary, show_all=options["show_all"])
     click.echo(f"Report: {out / 'report.html'}")
     config = out / "preread.toml"
     if choice is not None and not choice.broken:
-        write_output(config, report.config_toml(choice.row, model, control_tokens=options["read_control_tokens"]))
-        click.echo(f"Chosen: {choice.row.configuration.name}; {config} is for preread index and serve --config.")
+        text = config_toml(summary, choice.row, model, control_tokens=options["read_control_tokens"])
+        write_output(config, text)
+        click.echo(f"Configuration: {config}, for preread index --config and preread serve --config")
         return
     config.unlink(missing_ok=True)  # of an earlier run: it would not be this one's choice
     if choice is not None:

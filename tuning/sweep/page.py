@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 
 from preread_edge.outputs import human_bytes, write_output
 from tuning import MissingExtra
-from tuning.config import Limits
 from tuning.metrics import HEADLINE
 from tuning.sweep.margins import AUC, TAU
-from tuning.sweep.report import Choice, SweepReport, SweepRow
+from tuning.sweep.report import SweepReport, SweepRow
+from tuning.sweep.summary import Summary
 from tuning.trec import Run
 
 try:
@@ -30,8 +30,8 @@ except ImportError as missing:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F5539", "#6A4C93", "#8A8F98")
 INK, FAINT = "#1f2933", "#9aa5b1"
 _FRONT, _CHOSEN = "#52606d", "#c81e1e"
-_SIZE = (6.4, 4.9)  # inches, legend included
-_LEGEND: Any = {"fontsize": 8.5, "loc": "outside lower center", "ncols": 4, "columnspacing": 1.4}  # out of data's way
+_SIZE = (5.6, 4.7)  # inches, legend included
+_LEGEND: Any = {"fontsize": 8.5, "loc": "outside lower center", "ncols": 4, "columnspacing": 1.2}  # out of data's way
 _SVG = "http://www.w3.org/2000/svg"
 _NUM_SHOWN = 5  # examples of each kind
 _NUM_MOVED = 3
@@ -39,12 +39,13 @@ _NUM_CONFIGURATIONS = 12  # with examples, next to the chosen one
 _MAX_TEXT_CHARACTERS = 280
 
 
-def write_page(folder: Path, report: SweepReport, limits: Limits, choice: Choice | None) -> None:
+def write_page(folder: Path, summary: Summary) -> None:
     """`report.html` and a PNG for each figure."""
+    report, choice = summary.report, summary.choice
     drawings = {
-        "quality-bytes": ("Quality against bytes", _against_bytes),
-        "quality-latency": ("Quality against latency", _against_latency),
-        "quality-ratio": ("Quality over the ratio read at", _over_ratio),
+        "quality-bytes": ("Quality and size", _against_bytes),
+        "quality-latency": ("Quality and latency", _against_latency),
+        "quality-ratio": ("Quality and the ratio read at", _over_ratio),
     }
     if not report.timed:
         del drawings["quality-latency"]
@@ -64,7 +65,7 @@ def write_page(folder: Path, report: SweepReport, limits: Limits, choice: Choice
         shown.insert(0, choice.row)
     page = environment.get_template("report.html.jinja").render(
         report=report,
-        limits=limits,
+        summary=summary,
         choice=choice,
         plots=plots,
         rows=report.marked,
@@ -134,7 +135,8 @@ def _drawn(name: str, draw: _Draw, report: SweepReport, chosen: SweepRow | None)
         axes = figure.add_subplot()
         axes.grid(color="#e4e7eb", linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.set_ylabel(f"{HEADLINE}{' against r = 1' if report.taught else ''}")
+        judges = f", judged by r = {report.reference_ratio}" if report.taught else ""
+        axes.set_ylabel(f"{HEADLINE} (0 to 1, higher is better{judges})")
         draw(axes, report, chosen)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
@@ -144,7 +146,7 @@ def _drawn(name: str, draw: _Draw, report: SweepReport, chosen: SweepRow | None)
 
 def _against_bytes(axes: Any, report: SweepReport, chosen: SweepRow | None) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("bytes of a stored passage, in the mean")
+    axes.set_xlabel("mean size of a stored passage (bytes, log scale; further left is better)")
     points = [(row.size.bytes_per_passage, small, row.configuration.codec) for row, small, _ in report.marked]
     _scatter(axes, report, points, report.codecs, chosen)
     axes.xaxis.set_major_locator(LogLocator(base=4))
@@ -153,7 +155,7 @@ def _against_bytes(axes: Any, report: SweepReport, chosen: SweepRow | None) -> N
 
 
 def _against_latency(axes: Any, report: SweepReport, chosen: SweepRow | None) -> None:
-    axes.set_xlabel(f"p50 of a rerank of {report.settings.top_k}, ms  ({report.machine})")
+    axes.set_xlabel(f"p50 latency of a rerank of {report.settings.top_k} candidates (ms; further left is better)")
     ratios = {row.configuration.reading.ratios[-1] for row in report.rows}
     points = [
         (row.timing.p50_seconds * 1000, fast, f"read at {row.configuration.reading.ratios[-1]}")
@@ -164,10 +166,10 @@ def _against_latency(axes: Any, report: SweepReport, chosen: SweepRow | None) ->
     axes.set_xlim(left=0)
 
 
-def _over_ratio(axes: Any, report: SweepReport, _: SweepRow | None) -> None:
+def _over_ratio(axes: Any, report: SweepReport, chosen: SweepRow | None) -> None:
     """One line for each codec, of the finest stored ratio that has it."""
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("ratio read at (tokens per state)")
+    axes.set_xlabel("ratio read at (tokens per state, log scale)")
     single = [row for row in report.rows if not row.configuration.reading.is_cascade]
     ratios = {id(row): row.configuration.reading.ratios[0] for row in single}
     for place, codec in enumerate(dict.fromkeys(row.configuration.codec for row in single)):
@@ -181,7 +183,9 @@ def _over_ratio(axes: Any, report: SweepReport, _: SweepRow | None) -> None:
             axes.fill_between(xs, [b.low for b in bounds], [b.high for b in bounds], color=colour, alpha=0.10, lw=0)
         label = f"{codec}, stored at {finest}"
         axes.plot(xs, [row.quality.headline for row in line], color=colour, lw=1.6, marker="o", ms=5, label=label)
-    axes.axhline(report.first_stage.headline, color=FAINT, lw=1, ls=":", label=report.first_stage_name)
+    axes.axhline(report.first_stage.headline, color=_FRONT, lw=1.2, ls=":", label=report.first_stage_name)
+    if chosen is not None:  # a cascade stands at its last stage's ratio
+        _name(axes, chosen, chosen.configuration.reading.ratios[-1])
     ticks = sorted(set(ratios.values()))
     axes.set_xticks(ticks, [str(ratio) for ratio in ticks])
     axes.minorticks_off()
@@ -195,7 +199,7 @@ def _scatter(
     colours = {kind: COLOURS[place % len(COLOURS)] for place, kind in enumerate(kinds)}
     axes.axhline(report.reference.headline, color=INK, lw=1, ls="--", label=f"r = {report.reference_ratio}, no codec")
     if not report.taught:
-        axes.axhline(report.first_stage.headline, color=FAINT, lw=1, ls=":", label=report.first_stage_name)
+        axes.axhline(report.first_stage.headline, color=_FRONT, lw=1.2, ls=":", label=report.first_stage_name)
     front = sorted((x, row.quality.headline) for (x, is_on, _), row in zip(points, report.rows, strict=True) if is_on)
     axes.plot([x for x, _ in front], [y for _, y in front], color=_FRONT, lw=1.2, drawstyle="steps-post", zorder=1)
     for place, ((x, is_on, kind), row) in enumerate(zip(points, report.rows, strict=True)):
@@ -205,10 +209,7 @@ def _scatter(
                      edgecolors=INK if is_on else "none", linewidths=0.9, zorder=3 if is_on else 2,
                      gid=f"row-{place}")  # fmt: skip
         if row is chosen:
-            axes.scatter([x], [y], s=210, facecolors="none", edgecolors=_CHOSEN, linewidths=1.8, zorder=4)
-            axes.annotate(row.configuration.name, (x, y), xytext=(10, -14), textcoords="offset points",
-                          color=_CHOSEN, fontsize=9, fontweight="bold", zorder=5,
-                          bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5})  # fmt: skip
+            _name(axes, row, x)
     handles = [Line2D([], [], color=colour, marker="o", ls="", label=kind) for kind, colour in colours.items()]
     if any(row.configuration.reading.is_cascade for row in report.rows):
         handles.append(Line2D([], [], color=FAINT, marker="D", ls="", label="cascade"))
@@ -216,6 +217,20 @@ def _scatter(
     lines, labels = axes.get_legend_handles_labels()
     handles += [line for line, label in zip(lines, labels, strict=True) if not label.startswith("_")]
     axes.figure.legend(handles=handles, **_LEGEND)
+
+
+def _name(axes: Any, row: SweepRow, x: float) -> None:
+    """Rings the point and writes its name next to it, with the interval, which is often larger than the axis."""
+    own = row.quality.measures[HEADLINE]
+    axes.scatter([x], [own.mean], s=210, facecolors="none", edgecolors=_CHOSEN, linewidths=1.8, zorder=4)
+    text = f"{row.configuration.name}\n95%: {own.low:.2f} to {own.high:.2f}"
+    # Towards the middle, so that no name is cut.
+    across, up = axes.transAxes.inverted().transform(axes.transData.transform((x, own.mean)))
+    left, below = across < 0.5, up > 0.5
+    axes.annotate(text, (x, own.mean), xytext=(12 if left else -12, -12 if below else 12), textcoords="offset points",
+                  ha="left" if left else "right", va="top" if below else "bottom", color=_CHOSEN, fontsize=9,
+                  fontweight="bold", zorder=5,
+                  bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5})  # fmt: skip
 
 
 def _with_titles(svg: bytes, name: str, report: SweepReport) -> str:
@@ -231,7 +246,8 @@ def _with_titles(svg: bytes, name: str, report: SweepReport) -> str:
             title = ElementTree.Element(f"{{{_SVG}}}title")
             title.text = (
                 f"{row.configuration.name}\n"
-                f"{HEADLINE} {own.mean:.4f} [{own.low:.4f}, {own.high:.4f}], {row.quality.gain:+.2%}\n"
+                f"{HEADLINE} {own.mean:.4f} [{own.low:.4f}, {own.high:.4f}]\n"
+                f"{row.quality.change_words} against r = {report.reference_ratio}\n"
                 f"{row.size.bytes_per_passage:,.0f} bytes a passage"
             )
             if timing is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cache import DEFAULT_CODEC
+from cache.codecs import Codec
 from cache.record import Record
 from cache.states import text_digest
 from checkpoint import Checkpoint
@@ -147,6 +148,7 @@ class _Sweep(Experiment):
             num_passages=len(lengths),
             num_candidates=self.pairs.num,
             mean_tokens=sum(map(sum, lengths)) / max(1, len(lengths)),
+            reference_size=StoredSize.of(lengths, self.states.ratio, Codec("Flat", self.checkpoint.dim)),
             rows=self._rows(quality, lengths),
             notes=self._notes(judgements),
             first_stage=first_quality,

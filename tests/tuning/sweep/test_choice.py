@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tuning import EvaluationError
 from tuning.config import Limits
 from tuning.metrics import Interval
-from tuning.sweep.report import Choice, SweepRow, front
+from tuning.sweep.report import SweepRow, front
+from tuning.sweep.summary import Choice
 
 POINTS = st.lists(st.tuples(st.integers(0, 6).map(float), st.integers(0, 6).map(float)), max_size=12)
 

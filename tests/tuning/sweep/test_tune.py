@@ -32,7 +32,9 @@ from tuning.evaluate import evaluate
 from tuning.judged import JudgedCollection
 from tuning.metrics import HEADLINE
 from tuning.sweep.margins import AUC, TAU
+from tuning.sweep.outputs import sweep_json
 from tuning.sweep.report import SweepReport, SweepRow
+from tuning.sweep.summary import Summary
 from tuning.sweep.workdir import SpilledStates
 from tuning.trec import RunFile
 
@@ -45,7 +47,7 @@ def by_name(report: SweepReport) -> dict[str, SweepRow]:
 
 def without_times(report: SweepReport) -> dict[str, Any]:
     """The values that a seeded run repeats."""
-    document: dict[str, Any] = json.loads(report.to_json(Limits(), None))
+    document: dict[str, Any] = json.loads(sweep_json(Summary(report, Limits(), None)))
     del document["hardware"]
     for one in document["configurations"]:
         del one["timing"], one["indexing"], one["on_latency_front"]
