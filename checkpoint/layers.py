@@ -190,6 +190,19 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     return torch.allclose(product, F.gelu(x @ x.T, approximate="tanh") * (x @ x.T), rtol=0.02)
 
 
+def _rotary_frequencies(config: Any, kind: str) -> tuple[Tensor, float]:
+    """Radians per position of each half head, and the factor on cos and sin, for one layer type.
+    From transformers' table for every rope_type but the default: its model classes would load a hundred megabytes.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters[kind]
+    if rope["rope_type"] != "default":
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, None, layer_type=kind)
+    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+    return 1.0 / rope["rope_theta"] ** steps, 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """The weights of one layer; norms are stored as 1 + w, in float32."""
@@ -212,7 +225,6 @@ class Stack:
 
     def __init__(self, config: Any, half: str, tensors: dict[str, Tensor], eoi: int, *, compiled: bool = False) -> None:
         """Takes tensors of `half` out of `tensors` as it packs them, so that two copies never stand in memory."""
-        from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2RotaryEmbedding
 
         def take(name: str) -> Tensor:
             return tensors.pop(f"{half}.{name}.weight")
@@ -244,8 +256,7 @@ class Stack:
         self.layer_types: list[str] = list(config.layer_types or ())
         self._norms = [each.pre_attention for each in self.layers] + [final]
         self.pointwise = Pointwise(float(config.rms_norm_eps), compiled=compiled)
-        # transformers' own module knows every rope_type of config.json.
-        self._rope = T5Gemma2RotaryEmbedding(config).to(self.embedding.device)
+        self._frequencies = {kind: _rotary_frequencies(config, kind) for kind in set(self.layer_types)}
         self._rotations: dict[str, Rotation] = {}  # by layer type, grown to the longest text seen
 
     def embed(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,8 +269,12 @@ class Stack:
         """cos and sin at `positions`, all below `num_positions`, for one layer type, (tokens, 1, head_dim) each."""
         if kind not in self._rotations or len(self._rotations[kind][0]) < num_positions:
             size = 1 << max(9, (num_positions - 1).bit_length())
-            cos, sin = self._rope(self.embedding[:0], torch.arange(size, device=self.embedding.device)[None], kind)
-            self._rotations[kind] = (cos[0, :, None], sin[0, :, None])
+            frequencies, factor = self._frequencies[kind]
+            turns = torch.arange(size, device=self.embedding.device).float()
+            half = turns[:, None, None] * frequencies.to(self.embedding.device)
+            angles = torch.cat((half, half), dim=-1)
+            cos, sin = ((turned * factor).to(self.embedding) for turned in (angles.cos(), angles.sin()))
+            self._rotations[kind] = (cos, sin)
         cos, sin = self._rotations[kind]
         return cos[positions], sin[positions]
 
