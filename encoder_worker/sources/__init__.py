@@ -1,7 +1,9 @@
 """Passages out of files: every item of an input is a SourcePassage or a Refused; nothing is dropped in silence."""
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
@@ -9,9 +11,15 @@ from cache.errors import InvalidName
 from cache.record import passage_id_bytes
 from preread.values import id_text, join_title
 
+_MAX_EXACT = 2**53  # from there a double stands for several whole numbers
+
 
 class SourceError(ValueError):
     """An input that cannot be read at all, or not further."""
+
+
+class UnknownFormat(SourceError):  # noqa: N818 - as the errors of the stores
+    """Neither a name nor a caller tells what an input is."""
 
 
 class Reason(StrEnum):
@@ -71,57 +79,126 @@ Position = Callable[[], int]  # bytes of the input that were read, compressed wh
 
 
 @dataclass(frozen=True)
-class Fields:
-    """Names of the fields (or columns) that make a passage; a title goes before the text, as in BEIR's own readers."""
+class Columns:
+    """The columns of one CSV, TSV or Parquet input that were taken: names, or numbers from 1 where it has no header."""
 
-    id: str | None = None  # None: `id` or `_id` (BEIR)
-    text: str = "text"
+    source: str
+    id: str | int
+    text: str | int
+    title: str | int | None = None
+    separator: str | None = None  # of a CSV file, where it is no comma
+
+    def __str__(self) -> str:
+        """`passages.csv: columns docid, content`, for people."""
+        separated = {";": "semicolons separate; ", "\t": "tabs separate; "}.get(self.separator or "", "")
+        if isinstance(self.id, int):
+            title = "" if self.title is None else f", column {self.title} the title"
+            return (
+                f"{self.source}: {separated}no header: column {self.id} is the id, column {self.text} the text{title}"
+            )
+        title = "" if self.title is None else f", {self.title} (before the text)"
+        return f"{self.source}: {separated}columns {self.id or _UNNAMED}, {self.text}{title}"
+
+
+_UNNAMED = "(unnamed)"
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of the fields (or columns) that make a passage; a title goes before the text, as in BEIR's own readers.
+
+    A name is found as it is written, else without case and the white space around it.
+    """
+
+    id: str | None = None  # None: `id` or `_id` (BEIR); a column's number where there is no header, there 1
+    text: str | None = None  # None: `text`, or column 2
     title: str | None = "title"  # None: titles are ignored
     title_separator: str = " "
+    has_header: bool | None = None  # of CSV and TSV; None: the first line tells
+    advice: str = "expected id and text"  # ends the errors about names; a command names its options
 
     @property
     def id_names(self) -> tuple[str, ...]:
         return (self.id,) if self.id is not None else ("id", "_id")
 
+    @property
+    def text_name(self) -> str:
+        return self.text if self.text is not None else "text"
+
     def find(self, names: Collection[str]) -> tuple[str, str, str | None]:
-        """Names of id, text and any title among `names`. Raises KeyError(what is missing, `names`)."""
-        id_name = next((name for name in self.id_names if name in names), None)
-        if id_name is None or self.text not in names:
-            missing = self.text if id_name is not None else " or ".join(self.id_names)
-            raise KeyError(missing, f"{', '.join(names) or 'no keys':.200}")
-        return id_name, self.text, self.title if self.title in names else None
+        """Names of id, text and any title among `names`. Raises KeyError(what is missing or twice, `names`)."""
+        id_name, text = _find(self.id_names, names), _find((self.text_name,), names)
+        if id_name is None or text is None:
+            missing = ([] if id_name is not None else [" or ".join(self.id_names)]) + [self.text_name] * (text is None)
+            raise KeyError(f"no {' and no '.join(missing)}", show_names(names))
+        return id_name, text, None if self.title is None else _find((self.title,), names)
 
     def of_row(self, place: Place, row: Mapping[str, Any]) -> Item:
         """Finds the fields in one item by name, and checks their values."""
         try:
             id_name, text, title = self.find(row)
         except KeyError as exc:
-            return Refused(place, None, Reason.MISSING_FIELD, "no {}; found {}".format(*exc.args))
+            message = "{}; found {}; {}".format(*exc.args, self.advice)
+            return Refused(place, None, Reason.MISSING_FIELD, message)
         return self.passage(place, row[id_name], row[text], row[title] if title is not None else None)
 
     def passage(self, place: Place, passage_id: object, text: object, title: object = None) -> Item:
         """Checks the values of one item. Ids may be strings or whole numbers; a title may be missing."""
-        own_id = id_text(passage_id)
-        if own_id is None:
-            return Refused(place, None, Reason.WRONG_TYPE, f"id is {_show(passage_id)}; expected a string or integer")
+        if (own_id := source_id(passage_id)) is None:
+            message = f"id is {_show(passage_id)}; expected a string or whole number"
+            return Refused(place, None, Reason.WRONG_TYPE, message)
         try:
             passage_id_bytes(own_id)
         except InvalidName as exc:
             return Refused(place, None, Reason.BAD_ID, str(exc))
         if not isinstance(text, str):
-            return Refused(place, own_id, Reason.WRONG_TYPE, f"{self.text} is {_show(text)}; expected a string")
+            return Refused(place, own_id, Reason.WRONG_TYPE, f"{self.text_name} is {_show(text)}; expected a string")
         if title is not None and not isinstance(title, str):
             return Refused(place, own_id, Reason.WRONG_TYPE, f"{self.title} is {_show(title)}; expected a string")
         joined = join_title(title, text, self.title_separator)
         if not joined.strip():  # what else has no tokens, the tokenizer says (reading.py)
-            return Refused(place, own_id, Reason.EMPTY_TEXT, f"{self.text} is empty")
+            return Refused(place, own_id, Reason.EMPTY_TEXT, f"{self.text_name} is empty")
         try:
             joined.encode()
         except UnicodeEncodeError as exc:  # JSON can spell half a surrogate pair
-            return Refused(place, own_id, Reason.INVALID_UTF8, f"{self.text} is not valid Unicode: {exc.reason}")
+            return Refused(place, own_id, Reason.INVALID_UTF8, f"{self.text_name} is not valid Unicode: {exc.reason}")
         return SourcePassage(own_id, joined, place)
 
 
+def source_id(value: object) -> str | None:
+    """An id as it is stored; a whole number may be a double or decimal, as pandas and databases write it. None: none.
+
+    A double from 2^53 on is none: it may have been another whole number before.
+    """
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
+        return str(int(value)) if isinstance(value, Decimal) or abs(value) < _MAX_EXACT else None
+    return id_text(value)
+
+
+def show_names(names: Collection[str]) -> str:
+    return f"{', '.join(name or _UNNAMED for name in names) or 'no keys':.200}"
+
+
+def _find(wanted: Sequence[str], names: Collection[str]) -> str | None:
+    """The first that is there as written, else folded. Raises KeyError where it is there twice."""
+    for name in wanted:
+        if name in names:
+            found = [name] if isinstance(names, Mapping) else [one for one in names if one == name]
+            break
+    else:
+        folded = {name.strip().casefold() for name in wanted}
+        found = [name for name in names if name.strip().casefold() in folded]
+    if len(found) > 1:
+        raise KeyError(f"{' and '.join(found)}: which one is unclear", show_names(names))
+    return found[0] if found else None
+
+
 def _show(value: object) -> str:
+    if isinstance(value, float):
+        if math.isnan(value):
+            return "NaN, which stands for a missing value"
+        if abs(value) >= _MAX_EXACT:
+            return f"the number {value!r}, which a double does not hold exactly"
+        return f"the number {value!r}"
     kind = {type(None): "null", dict: "an object", list: "a list"}.get(type(value))
     return kind or f"{type(value).__name__} {value!r:.40}"

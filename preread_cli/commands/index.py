@@ -39,8 +39,13 @@ FEW_TRAINING_STATES = 1000
 @model_option
 @option("--format", type=click.Choice(FORMATS), help="What the inputs are.  [default: by name]")
 @option("--id-field", metavar="NAME", help="Field or column of the passage id.  [default: id or _id]")
-@option("--text-field", metavar="NAME", default="text", help="Field or column of the text.")
+@option("--text-field", metavar="NAME", help="Field or column of the text.  [default: text]")
 @option("--title-field", metavar="NAME", default="title", help="Field or column put before the text; '' for none.")
+@option(
+    "--no-header",
+    is_flag=True,
+    help="CSV and TSV: the first line is a passage, and fields are column numbers.  [default: 1 the id, 2 the text]",
+)
 @option("--title-separator", metavar="TEXT", default=" ", help="What stands between title and text.")
 @compute_options
 @flags.knob_options(EncoderConfig, only=["max_passage_tokens", "max_batch_tokens", "allow_clipped"])
@@ -58,7 +63,7 @@ def index(ctx: click.Context, /, **options: Any) -> None:
     \b
     INPUT is a file, a BEIR folder, or - for standard input (with --format); gzip and zstd are decompressed.
       .jsonl     {"id": ..., "text": ..., "title": ...} per line
-      .tsv .csv  with a header line, or two columns: id and text
+      .tsv .csv  with a header line, or two columns: id and text (--no-header: others)
       .parquet   one passage per row
       .txt       one passage per line; the line number is its id
 
@@ -69,8 +74,7 @@ def index(ctx: click.Context, /, **options: Any) -> None:
     Exit codes: 0 all stored, 1 some items were refused (the report says which), 2 bad input,
     3 the store cannot be reached, 130 interrupted (what was encoded is stored).
     """
-    from encoder_worker.sources import Fields
-    from encoder_worker.sources.files import Source
+    from encoder_worker.sources import UnknownFormat
 
     report_file: Path | None = options["report"]
     if options["as_json"] and report_file is not None and is_stdout(report_file):
@@ -79,9 +83,10 @@ def index(ctx: click.Context, /, **options: Any) -> None:
         raise click.BadParameter("memory: ends with this command; expected a store that stays", param_hint="--store")
     if report_file is not None and not report_file.parent.is_dir():
         raise click.BadParameter(f"{report_file.parent} is no directory", param_hint="--report")
-    title, limit = options["title_field"] or None, options["max_line_bytes"]
-    fields = Fields(options["id_field"], options["text_field"], title, options["title_separator"])
-    source = Source(options["inputs"], format=options["format"], fields=fields, max_line_bytes=limit)
+    try:
+        source = _source(options)
+    except UnknownFormat as exc:
+        raise click.UsageError(f"{exc}: give --format, one of {', '.join(FORMATS)}.") from exc
     with stopping() as stop:
         report, estimate = _run(options, source, stop)
     if report_file is not None:
@@ -92,6 +97,27 @@ def index(ctx: click.Context, /, **options: Any) -> None:
         _show(report, estimate, report_file)
     stopped = BAD_INPUT if report.stopped_by is not None else BAD_ITEMS if report.num_refused else 0
     ctx.exit(INTERRUPTED if report.interrupted else stopped)
+
+
+def _source(options: dict[str, Any]) -> Source:
+    from encoder_worker.sources import Fields
+    from encoder_worker.sources.files import Source
+
+    fields = Fields(
+        options["id_field"],
+        options["text_field"],
+        options["title_field"] or None,
+        options["title_separator"],
+        has_header=False if options["no_header"] else None,
+        advice="--id-field and --text-field name others; --no-header takes the first line of CSV or TSV for a passage",
+    )
+    return Source(
+        options["inputs"],
+        format=options["format"],
+        fields=fields,
+        max_line_bytes=options["max_line_bytes"],
+        on_columns=lambda columns: click.echo(str(columns), err=True),
+    )
 
 
 def _run(options: dict[str, Any], source: Source, stop: threading.Event) -> tuple[IndexReport, IndexEstimate | None]:

@@ -193,8 +193,6 @@ def test_fields_can_be_named(tmp_path: Path) -> None:
 
 def test_inputs_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     unknown = write(tmp_path / "passages.dat", b"")
-    header = write(tmp_path / "p.csv", b"docid,body\n1,x\n")
-    three = write(tmp_path / "p.tsv", b"1\tx\ty\n")
     broken = write(tmp_path / "p.parquet", b"PAR1 not really")
     (tmp_path / "empty").mkdir()
     for names, options, expected in [
@@ -204,9 +202,173 @@ def test_inputs_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         ([unknown], {"format": "xml"}, "format is 'xml'"),
         (["-"], {}, "standard input has no name"),
         ([tmp_path / "empty"], {}, "without corpus.jsonl"),
-        ([header], {"fields": Fields(id="docid")}, "no column text; the header has docid, body"),
-        ([three], {}, "3 columns and names none"),
         ([broken], {}, "cannot be read as Parquet"),
     ]:
         with pytest.raises(SourceError, match=expected):
             read(*names, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("p.csv", "\ufeffid,text\n1,x\n".encode("utf-16"), "UTF-16"),
+        ("p.tsv", "id\ttext\n1\tx\n".encode("utf-16-le"), "UTF-16"),
+        ("p.csv", b"PK\x03\x04rest of a workbook", "Excel workbook"),
+        ("p.xlsx", b"PK\x03\x04rest of a workbook", "Excel workbook"),
+        ("p.jsonl.bz2", b"BZh91AY", "bzip2"),
+        ("p.feather", b"ARROW1\0\0", "Feather"),
+        ("p.jsonl", b"PAR1\x15\x04", "Parquet"),
+        ("p.json", b'\xef\xbb\xbf [{"id": 1, "text": "x"}]', "a JSON array; expected one object per line"),
+        ("p.json", b'{\n  "id": 1,\n  "text": "x"\n}\n', "JSON over several lines"),
+        ("p.csv", b"id,text\r1,x\r", "CR ends its lines"),
+        ("p.csv", b"only one column\n", "no comma, semicolon or tab"),
+        ("p.tsv", b"id,text\n1,x\n", "no tab"),
+    ],
+)
+def test_another_kind_of_file_is_named_for_what_it_is(tmp_path: Path, name: str, data: bytes, expected: str) -> None:
+    with pytest.raises(SourceError, match=expected):
+        read(write(tmp_path / name, data))
+    if not data.startswith(b"BZh"):
+        with pytest.raises(SourceError, match=expected):
+            read(write(tmp_path / f"{name}.gz", gzip.compress(data)))
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("p.csv", "docid,content"),
+        ("p.csv", "Document ID,Full-Text"),
+        ("p.tsv", "pid\tpassage"),
+        ("p.csv", "id,inhalt"),
+        ("p.csv", "schluessel,Beschreibung"),  # nobody knows it: two words, above a text
+        ("p.csv", "docid,url,content"),
+        ("p.csv", ",text"),  # pandas' index
+        ("p.csv", "text,ID,TEXT,Text,id,title,Id,id"),  # two columns of one name
+    ],
+)
+def test_a_header_is_no_passage(tmp_path: Path, name: str, header: str) -> None:
+    mark = "\t" if name.endswith("tsv") else ","
+    row = mark.join(f"{i} some words" for i in range(header.count(mark) + 1))
+    path = write(tmp_path / name, f"{header}\n{row}\n".encode())
+    with pytest.raises(SourceError, match="the first line"):
+        read(path)
+    items = read(path, fields=Fields(text="2", has_header=False))
+    last = items[-1]
+    assert isinstance(last, SourcePassage)
+    assert (last.text, last.place.line, len(items)) == ("1 some words", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"1,hello\n2,more than a word\n", [("1", "hello"), ("2", "more than a word")]),
+        (b"a,apple\nb,banana\n", [("a", "apple"), ("b", "banana")]),
+        (b"doc7,content\ndoc8,other\n", None),  # as near as a passage may come to a header
+        (b"7,content\n8,some other content\n", [("7", "content"), ("8", "some other content")]),
+        (b"7;Hello, world\n8;again\n", [("7", "Hello, world"), ("8", "again")]),
+        (b"7,Hello; world\n8,again\n", [("7", "Hello; world"), ("8", "again")]),
+        (b'"a,b"\tof quotes\nc\tand tabs\n', [("a,b", "of quotes"), ("c", "and tabs")]),
+        (b"1.0,pandas\n2.0,doubles\n1.50,a string\n", [("1", "pandas"), ("2", "doubles"), ("1.50", "a string")]),
+    ],
+)
+def test_two_columns_without_a_header(tmp_path: Path, data: bytes, expected: list[tuple[str, str]] | None) -> None:
+    source = Source([write(tmp_path / "p.csv", data)])
+    if expected is None:
+        with pytest.raises(SourceError, match="looks like a header"):
+            list(source)
+        return
+    assert texts(list(source)) == expected
+    assert "no header: column 1 is the id, column 2 the text" in str(source.columns[0])
+
+
+@pytest.mark.parametrize(
+    ("data", "fields", "expected"),
+    [
+        (b"ID,Text ,Title\r\n1,b,h\r\n", Fields(), "columns ID, Text , Title (before the text)"),
+        (
+            b"docid;Content;x\n1;b;y\n",
+            Fields(id="DocID", text="content"),
+            "semicolons separate; columns docid, Content",
+        ),
+        (b"text,TEXT,id\nb,x,1\n", Fields(), "columns id, text"),  # as it is written comes first
+        (b",text\n1,b\n", Fields(id=""), "columns (unnamed), text"),
+        (b"1,u,h,b\n", Fields(text="4", title="3", has_header=False), "column 4 the text, column 3 the title"),
+    ],
+)
+def test_the_columns_taken_are_told(tmp_path: Path, data: bytes, fields: Fields, expected: str) -> None:
+    told: list[object] = []
+    source = Source([path := write(tmp_path / "p.csv", data)], fields=fields, on_columns=told.append)
+    (item,) = texts(list(source))
+    assert item[0] == "1"
+    assert item[1].endswith("b")
+    assert told == source.columns
+    assert str(told[0]).startswith(f"{path}: ")
+    assert str(told[0]).endswith(expected)
+
+
+def test_numbers_of_columns_are_checked(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", b"1,u,b\n")
+    with pytest.raises(SourceError, match="the text column is '4'; expected 1 to 3"):
+        read(path, fields=Fields(text="4", has_header=False))
+    with pytest.raises(SourceError, match="the id column is 'docid'; expected 1 to 3"):
+        read(path, fields=Fields(id="docid", has_header=False))
+
+
+def test_fields_of_json_are_found_without_case(tmp_path: Path) -> None:
+    lines = b'{"ID": 1, "Text": "one"}\n{"Id": 2, "text": "two"}\n{"docid": 3, "body": "x"}\n'
+    lines += b'{"ID": 4, "Id": 5, "text": "x"}\n'
+    items = read(write(tmp_path / "p.jsonl", lines), fields=Fields(advice="name them"))
+    assert texts([item for item in items if isinstance(item, SourcePassage)]) == [("1", "one"), ("2", "two")]
+    assert [item.message for item in items if isinstance(item, Refused)] == [
+        "no id or _id and no text; found docid, body; name them",
+        "ID and Id: which one is unclear; found ID, Id, text; name them",
+    ]
+
+
+def test_whole_numbers_are_ids_whatever_holds_them(tmp_path: Path) -> None:
+    rows = ["1.0", "-2.0", "3e2", "1.5", "NaN", "1e16", "true"]
+    lines = "".join(f'{{"id": {value}, "text": "t"}}\n' for value in rows)
+    items = read(write(tmp_path / "p.jsonl", lines.encode()))
+    assert [i.passage_id for i in items if isinstance(i, SourcePassage)] == ["1", "-2", "300"]
+    reasons = [i.message for i in items if isinstance(i, Refused)]
+    assert [why.partition(";")[0] for why in reasons] == [
+        "id is the number 1.5",
+        "id is NaN, which stands for a missing value",
+        "id is the number 1e+16, which a double does not hold exactly",
+        "id is bool True",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (pa.array([1.0, 2.0, float("nan")]), ["1", "2"]),
+        (pa.array([1, 2, None], pa.decimal128(20, 2)), ["1", "2"]),
+        (pa.array([2**64 - 1, 2, None], pa.uint64()), [str(2**64 - 1), "2"]),
+        (pa.array(["a", "b", None], pa.large_string()), ["a", "b"]),
+        (pa.array(["a", "b", None], pa.string_view()), ["a", "b"]),
+        (pa.array([b"a", b"b", None], pa.binary()), ["a", "b"]),
+        (pa.array(["a", "b", None]).dictionary_encode(), ["a", "b"]),
+        (pa.array([True, False, None]), "holds bool; expected strings or whole numbers"),
+        (pa.array([["a"], ["b"], None]), "holds list"),
+    ],
+)
+def test_parquet_columns_of_every_type(tmp_path: Path, ids: pa.Array, expected: list[str] | str) -> None:
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"ID": ids, "Text": pa.array(["x", "y", "z"])}), path)
+    if isinstance(expected, str):
+        with pytest.raises(SourceError, match=expected):
+            read(path)
+        return
+    source = Source([path])
+    items = list(source)
+    assert [i.passage_id for i in items if isinstance(i, SourcePassage)] == expected
+    assert refusals(items) == [(3, Reason.WRONG_TYPE)]
+    assert str(source.columns[0]) == f"{path}: columns ID, Text"
+
+
+@pytest.mark.parametrize("text", [pa.array([1]), pa.array([["x"]]), pa.array([1.5])])
+def test_a_parquet_text_that_is_none_ends_the_file_once(tmp_path: Path, text: pa.Array) -> None:
+    pq.write_table(pa.table({"id": ["a"], "text": text}), tmp_path / "p.parquet")
+    with pytest.raises(SourceError, match=r"column text holds .*; expected strings$"):
+        read(tmp_path / "p.parquet")
