@@ -67,7 +67,7 @@ def open_bytes(name: str, stdin: BinaryIO | None = None) -> Iterator[tuple[Binar
     try:
         magic, stream = buffered.peek(4)[:4], buffered
         if magic.startswith(_GZIP):
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BUFFER_BYTES)  # type: ignore[arg-type]  # is raw enough
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BUFFER_BYTES)  # is raw enough
         elif magic == _ZSTD:
             from encoder_worker.sources.arrow import ZstdReader  # heavy
 

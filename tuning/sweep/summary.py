@@ -153,7 +153,7 @@ class Summary:
         if not self.half_width or not self.limits.max_loss:
             return None
         exact = ceil(self.report.num_queries * (self.half_width / self.limits.max_loss) ** 2)
-        step = 10 ** max(0, len(str(exact)) - 2)
+        step: int = 10 ** max(0, len(str(exact)) - 2)
         return max(self.report.num_queries, -(-exact // step) * step)
 
     def to_json(self) -> dict[str, Any]:
