@@ -10,11 +10,12 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from contextlib import aclosing, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from cache.errors import CacheError
 from cache.record import HEADER_BYTES
 from cache.store import Store
 from encoder_worker.config import CollectionSettings, IndexOptions
@@ -22,7 +23,7 @@ from encoder_worker.passage_encoder import PassageEncoder, Tokenized
 from encoder_worker.pipeline import Pipeline
 from encoder_worker.reading import Intake, ReadBatch, ahead
 from encoder_worker.scheduler import EncodeScheduler
-from encoder_worker.sources import Item, Place
+from encoder_worker.sources import Columns, Item, Place
 from encoder_worker.writing import Target
 from preread_edge.outputs import open_output
 
@@ -34,7 +35,7 @@ _SUMMARY = (
     "collection", "alias", "num_read", "num_encoded", "num_stored", "num_unchanged", "num_refused",
     "refused_by_reason", "num_truncated", "num_split", "num_tokens", "num_padding_tokens", "padding_share",
     "num_states", "num_clipped", "clipped_share", "num_clipped_passages", "num_training_states", "num_batches",
-    "seconds", "passages_per_second", "tokens_per_second", "interrupted", "stopped_by",
+    "num_not_in_input", "seconds", "passages_per_second", "tokens_per_second", "interrupted", "stopped_by",
 )  # fmt: skip
 
 
@@ -75,10 +76,12 @@ class IndexReport:
     num_clipped_passages: int = 0  # that have any
     num_training_states: int = 0  # that this run trained the codec on
     num_batches: int = 0
+    num_not_in_input: int | None = None  # stored, and not read as whole here (absent, or refused); None: not known
     seconds: float = 0.0
     interrupted: bool = False
-    stopped_by: str | None = None  # the refused item that ended a strict run
+    stopped_by: str | None = None  # the refused item that ended a strict run, or the failure that ended this one
     alias: str | None = None  # moved to the collection at the end
+    columns: list[Columns] = field(default_factory=list)  # of CSV, TSV and Parquet inputs
     refused_by_reason: Counter[str] = field(default_factory=Counter)
     refused: _IssueLog = field(default_factory=_IssueLog)
     truncated: _IssueLog = field(default_factory=_IssueLog)
@@ -137,6 +140,7 @@ class IndexReport:
         """The counts as JSON values."""
         values = {name: getattr(self, name) for name in _SUMMARY}
         values["refused_by_reason"] = dict(sorted(self.refused_by_reason.items()))
+        values["columns"] = [asdict(one) for one in self.columns]
         return {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
 
     def write(self, path: Path) -> None:
@@ -206,6 +210,11 @@ def index(
             thread.submit(asyncio.run, job).result()
     finally:
         report.seconds = time.monotonic() - begun
+    if report.complete and target.collection is not None:
+        with suppress(CacheError):  # a count is no reason to fail
+            # Ids of a run are unique, so these are distinct passages of the collection.
+            num_known = report.num_stored + report.num_unchanged
+            report.num_not_in_input = max(0, target.collection.stats().num_passages - num_known)
     if options.alias is not None and target.collection is not None and report.complete:
         store.set_alias(options.alias, target.collection.name)
         report.alias = options.alias

@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import click
 from encoder_worker.config import CollectionSettings, EncoderConfig, IndexOptions
 from preread_cli import flags
 from preread_cli.config_file import config_option
-from preread_cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED
+from preread_cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED, UNAVAILABLE, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
 from preread_cli.terminal import print_json, print_some, progress_bar
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from encoder_worker.indexing import IndexEstimate, IndexReport, Progress
     from encoder_worker.sources.files import Source
 
-FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")  # of encoder_worker.sources, which loads pyarrow
+FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")  # of encoder_worker.sources.files; `--help` loads no numpy
 WARN_CLIPPED_SHARE = 0.01
 FEW_TRAINING_STATES = 1000
 
@@ -72,7 +72,7 @@ def index(ctx: click.Context, /, **options: Any) -> None:
 
     \b
     Exit codes: 0 all stored, 1 some items were refused (the report says which), 2 bad input,
-    3 the store cannot be reached, 130 interrupted (what was encoded is stored).
+    3 the store cannot be reached, or not any longer, 130 interrupted (what was encoded is stored).
     """
     from encoder_worker.sources import UnknownFormat
 
@@ -86,17 +86,49 @@ def index(ctx: click.Context, /, **options: Any) -> None:
     try:
         source = _source(options)
     except UnknownFormat as exc:
-        raise click.UsageError(f"{exc}: give --format, one of {', '.join(FORMATS)}.") from exc
+        raise click.UsageError(f"{exc}: give --format, one of {', '.join(FORMATS[:-1])}.") from exc
+    ctx.exit(_index(options, source, report_file))
+
+
+def _index(options: dict[str, Any], source: Source, report_file: Path | None) -> int:
+    """The run and, however it ends, what became of the passages; returns the exit code."""
+    from encoder_worker.indexing import IndexReport
+
+    report, failure = IndexReport(options["collection"], columns=source.columns), None
     with stopping() as stop:
-        report, estimate = _run(options, source, stop)
+        try:
+            estimate = _run(options, source, stop, report)
+        except Exception as exc:
+            shown = CommandFailed.of(exc, debug=False)
+            if not report.num_read or (shown.exit_code != UNAVAILABLE and not report.num_stored):
+                raise  # there is nothing to go on from
+            estimate, failure, report.stopped_by = None, exc, shown.message
     if report_file is not None:
-        report.write(report_file)
+        _write(report, report_file, failure)
     if options["as_json"]:
         print_json(report.summary() | ({} if estimate is None else {"estimate": dataclasses.asdict(estimate)}))
     elif report_file is None or not is_stdout(report_file):
         _show(report, estimate, report_file)
+    if failure is not None:
+        num_left = report.num_read - report.num_stored - report.num_unchanged - report.num_refused
+        click.echo(f"preread: {num_left:,} passages were read and not stored; run again to go on from here", err=True)
+        raise failure
+    if report.stopped_by is not None:
+        click.echo(f"preread: error: stopped at {report.stopped_by}", err=True)
+    if report.interrupted:
+        click.echo("preread: interrupted; run again to go on from here", err=True)
     stopped = BAD_INPUT if report.stopped_by is not None else BAD_ITEMS if report.num_refused else 0
-    ctx.exit(INTERRUPTED if report.interrupted else stopped)
+    return INTERRUPTED if report.interrupted else stopped
+
+
+def _write(report: IndexReport, file: Path, failure: Exception | None) -> None:
+    """The report; where that fails too, a run that has failed says so and keeps its own error."""
+    try:
+        report.write(file)
+    except OSError as exc:
+        if failure is None:
+            raise
+        click.echo(f"preread: warning: {file}: the report cannot be written ({exc.strerror})", err=True)
 
 
 def _source(options: dict[str, Any]) -> Source:
@@ -120,18 +152,16 @@ def _source(options: dict[str, Any]) -> Source:
     )
 
 
-def _run(options: dict[str, Any], source: Source, stop: threading.Event) -> tuple[IndexReport, IndexEstimate | None]:
+def _run(options: dict[str, Any], source: Source, stop: threading.Event, report: IndexReport) -> IndexEstimate | None:
     from cache.open import open_store
     from encoder_worker import indexing
 
-    name = options["collection"]
     settings, how = flags.from_options(CollectionSettings, options), flags.from_options(IndexOptions, options)
-    report = indexing.IndexReport(name)
     with closing(open_store(options["store"], read_budget_seconds=flags.BATCH_READ_SECONDS)) as store:
-        job = (source, load_encoder(options), store, name, settings, how)
+        job = (source, load_encoder(options), store, report.collection, settings, how)
         if options["dry_run"]:
-            return report, indexing.dry_run(*job, stop=stop, report=report)
-        with progress_bar(name, shows_time_left=False) as bar:
+            return indexing.dry_run(*job, stop=stop, report=report)
+        with progress_bar(report.collection, shows_time_left=False) as bar:
 
             def on_progress(now: Progress) -> None:
                 share = "" if now.fraction is None else f" ({now.fraction:.0%})"
@@ -139,27 +169,25 @@ def _run(options: dict[str, Any], source: Source, stop: threading.Event) -> tupl
                 text = f"{now.num_done:,} passages{share}, {now.passages_per_second:,.1f} passages/s{left}"
                 bar(now.fraction or 0.0, None if now.fraction is None else 1.0, text)
 
-            try:
-                indexing.index(*job, stop=stop, on_progress=on_progress, report=report)
-            except Exception:
-                if report.num_stored:
-                    click.echo(f"{report.num_stored:,} passages were stored; run again to go on from there", err=True)
-                raise
-        return report, None
+            indexing.index(*job, stop=stop, on_progress=on_progress, report=report)
+        return None
 
 
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """Set by the first SIGINT or SIGTERM; a second one has its usual effect."""
+    """Set by the first SIGINT, SIGTERM or SIGHUP (unless ignored, as by nohup); a second one has its usual effect."""
     stop = threading.Event()
 
     def tell(number: int, frame: object) -> None:
         stop.set()
-        click.echo("stopping: what is encoded is being stored (once more to stop at once)", err=True)
         usual.close()
+        with suppress(OSError):  # of a terminal that is gone
+            click.echo("stopping: what is encoded is being stored (once more to stop at once)", err=True)
 
     with ExitStack() as usual:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             usual.callback(signal.signal, number, signal.signal(number, tell))
         yield stop
 
@@ -194,10 +222,9 @@ def _show(report: IndexReport, estimate: IndexEstimate | None, report_file: Path
         click.echo(f"{report.num_split:,} passages are over the token limit and are split into windows")
     if report.alias:
         click.echo(f"alias {report.alias} -> {report.collection}")
-    if report.stopped_by is not None:
-        click.echo(f"preread: error: stopped at {report.stopped_by}", err=True)
-    if report.interrupted:
-        click.echo("preread: interrupted; run again to go on from here", err=True)
+    if report.num_not_in_input:
+        absent = "not in this input, or were refused in it" if report.num_refused else "not in this input"
+        click.echo(f"{report.num_not_in_input:,} stored passages are {absent}; they stay")
 
 
 def _show_clipped(report: IndexReport) -> None:

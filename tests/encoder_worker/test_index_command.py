@@ -89,6 +89,64 @@ def test_told_to_stop_it_stores_what_it_encoded(
     assert stats(tmp_path) == stored > 0
 
 
+def test_a_store_that_goes_away_ends_the_run_with_its_counts(
+    tmp_path: Path, preread: Callable[..., subprocess.Popen[bytes]], real_texts: list[str]
+) -> None:
+    report_file = tmp_path / "report.json"
+    arguments = ("-", "--format", "jsonl", "-c", "docs", "--report", report_file)
+    process = preread("index", *arguments, stdin=subprocess.PIPE)
+    texts = [f"{i} {text}"[:200] for i, text in enumerate((real_texts * 2)[:4500])]
+    feed(process, texts)
+    wait_for_passages(tmp_path, process)
+    for file in (tmp_path / "store").glob("catalogue.sqlite*"):
+        file.write_bytes(b"overwritten" * 1000)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    written = json.loads(report_file.read_text())
+    assert 0 < written["num_stored"] < written["num_read"]
+    assert f"{written['num_read']:,} read, {written['num_stored']:,} stored".encode() in out
+    assert b"run again to go on from here\npreread: error: " in err
+    assert err.decode().splitlines()[-1] == f"preread: error: {written['stopped_by']}"
+
+
+def test_stored_passages_that_the_input_lacks_are_counted(
+    tmp_path: Path, run_index: RunIndex, jsonl: Callable[[list[str]], Path]
+) -> None:
+    run_index(jsonl([f"text {i}" for i in range(5)]), "-c", "docs")
+    path = jsonl(["text 0", "another text", "a new text"])
+    with path.open("a") as more:
+        more.write('{"id": "p1", "text": "again"}\n')
+    report_file = tmp_path / "report.json"
+    code, out, err = run_index(path, "-c", "docs", "--report", report_file)
+    assert code == 1, err
+    assert "\n2 stored passages are not in this input, or were refused in it; they stay" in out
+    assert json.loads(report_file.read_text())["num_not_in_input"] == 2
+    code, out, err = run_index(path, "-c", "docs", "--strict", "--json")
+    assert json.loads(out)["num_not_in_input"] is None  # not read to its end
+    code, out, err = run_index(jsonl(["text 0"]), "-c", "docs")
+    assert "4 stored passages are not in this input; they stay" in out
+
+
+def test_columns_are_told_and_kept(tmp_path: Path, run_index: RunIndex) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("docid;Content\n1;some text\n")
+    code, out, err = run_index(path, "-c", "docs")
+    assert code == 2
+    assert "looks like a header" in err
+    assert "--id-field and --text-field" in err
+    code, out, err = run_index(path, "-c", "docs", "--id-field", "docid", "--text-field", "content", "--json")
+    assert code == 0, err
+    assert f"{path}: semicolons separate; columns docid, Content\n" in err
+    assert json.loads(out)["columns"] == [
+        {"source": str(path), "id": "docid", "text": "Content", "title": None, "separator": ";"}
+    ]
+    code, out, err = run_index(path, "-c", "other", "--no-header")
+    assert (code, "2 read, 2 stored" in out) == (0, True)
+    code, out, err = run_index("-", "-c", "docs")
+    assert code == 2
+    assert "give --format, one of jsonl, tsv, csv, parquet, text." in err
+
+
 def test_every_bad_line_is_in_the_report(
     tmp_path: Path, run_index: RunIndex, jsonl: Callable[[list[str]], Path]
 ) -> None:
