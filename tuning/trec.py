@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from cache.errors import InvalidName
 from cache.record import passage_id_bytes
-from encoder_worker.sources import Place, Reason, Refused, SourceError
+from encoder_worker.sources import Place, Reason, Refused, SourceError, source_id
 from encoder_worker.sources.lines import DEFAULT_MAX_LINE_BYTES, STDIN, json_object, open_bytes, read_texts
-from preread.values import id_text
 from preread_edge.outputs import open_output
 from tuning import EvaluationError
 
@@ -114,9 +113,11 @@ def _json_judgements(file: JudgedFile) -> Iterator[_Judgement | Refused]:
 def _judgement(place: Place, query: object, passage: object, grade: object) -> _Judgement | Refused:
     ids = []
     for name, value in (("query", query), ("passage", passage)):
-        id_ = id_text(value)
+        id_ = source_id(value)
         if id_ is None:
-            return Refused(place, None, Reason.WRONG_TYPE, f"the {name} id is {value!r}; expected a string or integer")
+            return Refused(
+                place, None, Reason.WRONG_TYPE, f"the {name} id is {value!r}; expected a string or whole number"
+            )
         try:
             passage_id_bytes(id_)
         except InvalidName as exc:

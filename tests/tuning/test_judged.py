@@ -92,7 +92,7 @@ ODD_PASSAGES = [
     ("[1]\n", "a JSON list; expected an object"),
     ('{"text": "x"}\n', "no id or _id; found text"),
     ('{"_id": "o"}\n', "no text; found _id"),
-    ('{"_id": 1.5, "text": "x"}\n', "id is float 1.5; expected a string or integer"),
+    ('{"_id": 1.5, "text": "x"}\n', "id is the number 1.5; expected a string or whole number"),
     ('{"_id": "moon", "text": "other"}\n', "id 'moon' came before, at "),
     ('{"_id": "o", "text": "\\ud800"}\n', "text is not valid Unicode"),
     ('{"_id": "\\ud800", "text": "o"}\n', "cannot be written as UTF-8"),
@@ -112,7 +112,7 @@ ODD_JUDGEMENTS = [
     (b"q1\t\xff\t1\n", "not UTF-8"),
 ]
 ODD_JSON_JUDGEMENTS = [
-    ('{"query-id": "q1", "corpus-id": 1.5, "score": 1}\n', "the passage id is 1.5; expected a string or integer"),
+    ('{"query-id": "q1", "corpus-id": 1.5, "score": 1}\n', "the passage id is 1.5; expected a string or whole number"),
     ('{"query-id": "\\ud800", "corpus-id": "new", "score": 1}\n', "cannot be written as UTF-8"),
     ('{"query-id": "q1", "corpus-id": "new", "score": true}\n', "the grade is True; expected an integer"),
     ('{"query-id": "q1", "score": 1}\n', "fields query-id, score; expected query-id, corpus-id"),
