@@ -210,6 +210,8 @@ def translate(error: grpc.RpcError, address: str) -> PrereadError:
     message = call.details() or code.name
     if code is grpc.StatusCode.UNAVAILABLE:
         message = f"{address}: {message}"
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        message = "it does not know this call; expected a server that is not older than this client"
     details = {"code": code.name, "address": address}
     for key, value in call.trailing_metadata() or ():
         if key == "grpc-status-details-bin" and isinstance(value, bytes):

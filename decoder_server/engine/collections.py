@@ -51,6 +51,10 @@ def list_ids(store: Store, name: str, page_size: int, page_token: str) -> tuple[
     """
     if not 0 <= page_size <= MAX_PAGE_SIZE:
         raise InvalidRequest("page_size", page_size, f"1..{MAX_PAGE_SIZE}, or 0 for {PAGE_SIZE}")
+    try:
+        check_name("collection", name)
+    except errors.InvalidName as exc:
+        raise InvalidRequest("collection", name, "the name of a collection or alias") from exc
     collection = Catalogue(store, None, 0.0).open(name)
     try:
         return collection.list_ids(page_size or PAGE_SIZE, page_token)
@@ -99,7 +103,6 @@ class Catalogue:
                 return known  # another thread looked while this one waited
             checked = time.monotonic()
             try:
-                check_name("collection", name)
                 if self._failed is not None and self._failed[0] >= came:
                     raise self._failed[1]  # and was kept waiting: not each of them in turn
                 # Equal manifests, not equal names: a collection may be dropped and rewritten.

@@ -234,3 +234,21 @@ def test_without_an_encoder_passages_are_refused_and_the_store_still_answers(run
         assert "no encoder worker is configured" in refused.json()["message"]
         assert refused.headers["retry-after"]
     assert listed.json() == {"object": "list", "data": []}
+
+
+def test_ids_are_listed_page_by_page(running, passages):
+    upload(running, "listed", passages)
+    url, found, token = "/v1/collections/listed/passages", [], ""
+    while True:
+        page = running.http.get(url, params={"page_size": 3, "page_token": token}).json()
+        found += [one["id"] for one in page["data"]]
+        token = page["next_page_token"]
+        if not token:
+            break
+    assert page["object"] == "list"
+    assert sorted(found) == sorted(one["id"] for one in passages)
+    assert running.http.get("/v1/collections/no-such/passages").status_code == 404
+    for field, wrong in {"page_size": "5001", "page_token": "forged"}.items():
+        refused = running.http.get(url, params={field: wrong})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == field

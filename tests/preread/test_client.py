@@ -233,3 +233,15 @@ def test_the_clients_need_no_torch() -> None:
     check = "import sys; from preread import Client; Client('a:1').close(); print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "False"
+
+
+def test_passages_are_listed_page_by_page(client, collection) -> None:
+    ids = sorted(client.list_passages(collection))
+    assert "sky" in ids
+    assert sorted(client.list_passages(collection, page_size=1)) == ids
+    with pytest.raises(InvalidRequest, match=r"page_size is 5001; expected 1\.\.5000"):
+        list(client.list_passages(collection, page_size=5001))
+    with pytest.raises(NotFound, match="no-such"):
+        list(client.list_passages("no-such"))
+    with pytest.raises(TypeError, match="collection is"):
+        client.list_passages(7)

@@ -20,6 +20,7 @@ from decoder_server.edge.http.dialect_request import Size
 from decoder_server.edge.http.json_steps import parse
 from decoder_server.edge.http.openapi import JSON, Operation
 from decoder_server.edge.http.request import EXPECTED, Count, HttpRequest, Problem, RawText, Text, read, respond
+from decoder_server.engine.collections import list_ids
 from preread import Passage, UpsertResult
 from preread.errors import InvalidRequest, Path
 from preread.values import CollectionInfo, join_title
@@ -112,6 +113,20 @@ class _Collection(Struct, kw_only=True, tag_field="object", tag="collection"):
 
 class _Collections(Struct, kw_only=True, tag_field="object", tag="list"):
     data: list[_Collection]
+
+
+class _PassageId(Struct, kw_only=True):
+    id: str
+
+
+class _PassageIds(Struct, kw_only=True, tag_field="object", tag="list"):
+    data: list[_PassageId]
+    next_page_token: str  # "": this was the last page
+
+
+class _PageSettings(Struct, kw_only=True):
+    page_size: Count | None = None
+    page_token: Text | None = None
 
 
 class _AliasRow(Struct, kw_only=True):
@@ -209,6 +224,14 @@ async def _get_collection(request: HttpRequest) -> Response:
         if name in (info.name, *info.aliases):
             return await respond(_pack(info))
     raise CollectionNotFound(f"collection: no collection or alias {name!r}")
+
+
+async def _list_passages(request: HttpRequest) -> Response:
+    page = read(_PageSettings, {key: _literal(value) for key, value in request.query_params.items()})
+    where = request.context.store, request.path_params["collection"], int(page.page_size or 0)
+    ids, token = await asyncio.to_thread(list_ids, *where, str(page.page_token or ""))
+    passages = _PassageIds(data=[_PassageId(id=one) for one in ids], next_page_token=token)
+    return await respond(passages, is_large=True)
 
 
 async def _list_aliases(request: HttpRequest) -> Response:
@@ -311,6 +334,10 @@ def _literal(value: str) -> object:
 _IDS = {"id": {"description": "In place of a body; may be repeated", "type": "array", "items": {"type": "string"}}}
 _TYPES = {"compression_ratio": "integer", "codec": "string", "store_text": "boolean"}
 _WITH_NDJSON = {name: {"description": "With NDJSON", "type": kind} for name, kind in _TYPES.items()}
+_PAGE: dict[str, dict[str, Any]] = {
+    "page_size": {"description": "About how many; at most 5000", "type": "integer", "default": 1000},
+    "page_token": {"description": "next_page_token of the page before", "type": "string"},
+}
 _COLLECTION, _ALIAS = "/v1/collections/{collection}", "/v1/aliases/{alias}"
 _PASSAGES = f"{_COLLECTION}/passages"
 _UPLOADS = {JSON: (("UploadRequest", _UploadObject, list[_Passage]),), NDJSON[0]: (_Passage,)}
@@ -318,6 +345,9 @@ _operation = partial(Operation, tag="collections")
 OPERATIONS = (
     _operation("GET", "/v1/collections", _list_collections, "Every collection of the store", answers=(_Collections,)),
     _operation("GET", _COLLECTION, _get_collection, "One collection, by name or alias", answers=(_Collection,)),
+    _operation(
+        "GET", _PASSAGES, _list_passages, "Ids of the passages, page by page", answers=(_PassageIds,), query=_PAGE
+    ),
     _operation(
         "POST", _PASSAGES, _add_passages, "Encode and store passages", answers=(_Upload,), bodies=_UPLOADS,
         query=_WITH_NDJSON,
