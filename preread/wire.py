@@ -211,7 +211,7 @@ def translate(error: grpc.RpcError, address: str) -> PrereadError:
     if code is grpc.StatusCode.UNAVAILABLE:
         message = f"{address}: {message}"
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        message = "it does not know this call; expected a server that is not older than this client"
+        message += "; the server does not know this call: expected one that is not older than this client"
     details = {"code": code.name, "address": address}
     for key, value in call.trailing_metadata() or ():
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
