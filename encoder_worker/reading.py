@@ -13,8 +13,7 @@ from cache.record import is_passage_id
 from cache.states import text_digest
 from encoder_worker.config import IndexOptions
 from encoder_worker.passage_encoder import TOKENIZE_TEXTS, PassageEncoder
-from encoder_worker.sources import Item, Reason, Refused, SourceError, SourcePassage
-from encoder_worker.sources.seen import SeenIds
+from encoder_worker.sources import Item, Reason, Refused, SeenIds, SourceError, SourcePassage
 from encoder_worker.writing import Target, Upsert
 
 T = TypeVar("T")

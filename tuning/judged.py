@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Self
 
 from cache.collection import Collection
-from encoder_worker.sources import Fields, Refused, SourceError, SourcePassage
+from encoder_worker.sources import Fields, Refused, SeenIds, SourceError, SourcePassage
 from encoder_worker.sources.files import Source
-from encoder_worker.sources.seen import SeenIds
 from tuning import EvaluationError
 from tuning.trec import JudgedFile, Qrels, RunFile, read_qrels
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cache.errors import InvalidName
 from cache.record import passage_id_bytes
 from encoder_worker.sources import Place, Reason, Refused, SourceError, source_id
-from encoder_worker.sources.lines import DEFAULT_MAX_LINE_BYTES, STDIN, json_object, open_bytes, read_texts
+from encoder_worker.sources.files import DEFAULT_MAX_LINE_BYTES, STDIN, json_object, open_bytes, read_texts
 from preread_edge.outputs import open_output
 from tuning import EvaluationError
 

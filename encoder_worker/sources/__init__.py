@@ -1,17 +1,24 @@
 """Passages out of files: every item of an input is a SourcePassage or a Refused; nothing is dropped in silence."""
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cache.errors import InvalidName
 from cache.record import passage_id_bytes
 from preread.values import id_text, join_title
 
 _MAX_EXACT = 2**53  # from there a double stands for several whole numbers
+_UNNAMED = "(unnamed)"
+_MERGE_AT = 1 << 16
+_LINE_BITS = 40
 
 
 class SourceError(ValueError):
@@ -73,8 +80,18 @@ class Refused:
     def __str__(self) -> str:
         return f"{self.place}: {self.message}"
 
+    @classmethod
+    def too_long(cls, place: Place, kind: str, num_bytes: int, limit: int) -> Self:
+        return cls(place, None, Reason.LINE_TOO_LONG, f"{kind} of {num_bytes:,} bytes; at most {limit:,} are read")
+
+    @classmethod
+    def not_utf8(cls, place: Place, exc: UnicodeDecodeError) -> Self:
+        return cls(place, None, Reason.INVALID_UTF8, f"not UTF-8: {exc.reason} at byte {exc.start + 1}")
+
 
 Item = SourcePassage | Refused
+Line = tuple[Place, bytes] | Refused
+Text = tuple[Place, str] | Refused
 Position = Callable[[], int]  # bytes of the input that were read, compressed where it is compressed
 
 
@@ -98,9 +115,6 @@ class Columns:
             )
         title = "" if self.title is None else f", {self.title} (before the text)"
         return f"{self.source}: {separated}columns {self.id or _UNNAMED}, {self.text}{title}"
-
-
-_UNNAMED = "(unnamed)"
 
 
 @dataclass(frozen=True)
@@ -202,3 +216,54 @@ def _show(value: object) -> str:
         return f"the number {value!r}"
     kind = {type(None): "null", dict: "an object", list: "a list"}.get(type(value))
     return kind or f"{type(value).__name__} {value!r:.40}"
+
+
+def decoded(line: Line) -> Text:
+    if isinstance(line, Refused):
+        return line
+    place, data = line
+    try:
+        return place, data.decode()
+    except UnicodeDecodeError as exc:
+        return Refused.not_utf8(place, exc)
+
+
+class SeenIds:
+    """Ids that came already, and where, in some 20 bytes each, so that a hundred million fit.
+
+    By 64-bit hash: a dict of the latest, merged into sorted arrays of doubling size. Two different ids share a hash
+    once in some three hundred thousand runs of ten million ids; the second one is then refused, visibly.
+    """
+
+    def __init__(self) -> None:
+        self._sources: list[str] = []
+        self._latest: dict[int, int] = {}  # hash -> number of the source and line in one
+        self._sorted: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []  # the same, large to small
+
+    def once(self, passage: SourcePassage) -> SourcePassage | Refused:
+        """The passage, or the reason it is refused where its id came before."""
+        key = int.from_bytes(hashlib.blake2b(passage.passage_id.encode(), digest_size=8).digest(), "little")
+        found = self._latest.get(key)
+        wanted = np.uint64(key)
+        for hashes, places in self._sorted if found is None else ():
+            at = int(np.searchsorted(hashes, wanted))
+            if at < len(hashes) and hashes[at] == wanted:
+                found = int(places[at])
+                break
+        if found is not None:
+            first = Place(self._sources[found >> _LINE_BITS], found & ((1 << _LINE_BITS) - 1))
+            message = f"id {passage.passage_id!r} came before, at {first}; the first one counts"
+            return Refused(passage.place, passage.passage_id, Reason.DUPLICATE_ID, message)
+        if not self._sources or self._sources[-1] != passage.place.source:
+            self._sources.append(passage.place.source)
+        self._latest[key] = (len(self._sources) - 1) << _LINE_BITS | passage.place.line
+        if len(self._latest) >= _MERGE_AT:
+            hashes = np.fromiter(self._latest.keys(), np.uint64, len(self._latest))
+            places = np.fromiter(self._latest.values(), np.uint64, len(self._latest))
+            self._latest = {}
+            while self._sorted and len(self._sorted[-1][0]) <= len(hashes):
+                more_hashes, more_places = self._sorted.pop()
+                hashes, places = np.concatenate([more_hashes, hashes]), np.concatenate([more_places, places])
+            order = np.argsort(hashes)
+            self._sorted.append((hashes[order], places[order]))
+        return passage

@@ -12,9 +12,8 @@ from typing import IO, Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from encoder_worker.sources import Columns, Fields, Item, Place, Reason, Refused, SourceError
+from encoder_worker.sources import Columns, Fields, Item, Place, Refused, SourceError
 
-PARQUET = b"PAR1"
 _BATCH_ROWS = 1024
 _types = pa.types
 
@@ -56,7 +55,7 @@ def _seekable(stream: BinaryIO, name: str, stack: ExitStack) -> str | IO[bytes]:
     """The file itself where its plain bytes are Parquet, else a copy of what it decompresses to."""
     if Path(name).is_file():
         with open(name, "rb") as file:
-            if file.read(len(PARQUET)) == PARQUET:
+            if file.read(4) == b"PAR1":
                 return name
     spooled = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
     shutil.copyfileobj(stream, spooled)
@@ -90,12 +89,11 @@ def _values(column: Any) -> list[Any]:
 
 def _passage(fields: Fields, place: Place, row: tuple[Any, ...], max_bytes: int) -> Item:
     if (num_bytes := sum(len(value) for value in row if isinstance(value, bytes))) > max_bytes:
-        message = f"row of {num_bytes:,} bytes; at most {max_bytes:,} are read"
-        return Refused(place, None, Reason.LINE_TOO_LONG, message)
+        return Refused.too_long(place, "row", num_bytes, max_bytes)
     try:
         return fields.passage(place, *(one.decode() if isinstance(one, bytes) else one for one in row))
     except UnicodeDecodeError as exc:
-        return Refused(place, None, Reason.INVALID_UTF8, f"not UTF-8: {exc.reason} at byte {exc.start + 1}")
+        return Refused.not_utf8(place, exc)
 
 
 class ZstdReader(io.RawIOBase):

@@ -6,10 +6,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import BinaryIO
 
-from encoder_worker.sources import Columns, Fields, Item, Place, Reason, Refused, SourceError, show_names
-from encoder_worker.sources.lines import Line, decoded, first_line
+from encoder_worker.sources import (
+    Columns,
+    Fields,
+    Item,
+    Line,
+    Place,
+    Reason,
+    Refused,
+    SourceError,
+    decoded,
+    show_names,
+)  # fmt: skip
 
 Row = tuple[Place, list[str]] | Refused
 # Names that other collections give to the two columns: a first line with one of them is a header.
@@ -111,9 +120,9 @@ def _numbered(source: str, num_columns: int, fields: Fields) -> Columns:
     return Columns(source, numbers["id"], numbers["text"], numbers.get("title"))
 
 
-def separator_of(stream: BinaryIO) -> str:
-    """Of a CSV stream: of comma, semicolon and tab the one that comes first in its first line, outside quotes."""
-    return next((mark for mark in re.sub(r'"[^"]*"', "", first_line(stream)) if mark in SEPARATORS), ",")
+def separator_of(first_line: str) -> str:
+    """Of a CSV file: of comma, semicolon and tab the one that comes first in its first line, outside quotes."""
+    return next((mark for mark in re.sub(r'"[^"]*"', "", first_line) if mark in SEPARATORS), ",")
 
 
 def csv_rows(entries: Iterator[Line], max_bytes: int, separator: str) -> Iterator[Row]:

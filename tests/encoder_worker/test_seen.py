@@ -13,8 +13,7 @@ from encoder_worker.config import IndexOptions, PipelineLimits
 from encoder_worker.indexing import Progress, index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.reading import ahead
-from encoder_worker.sources import Place, Refused, SourcePassage
-from encoder_worker.sources.seen import SeenIds
+from encoder_worker.sources import Place, Refused, SeenIds, SourcePassage
 
 
 def test_an_id_is_new_once_and_later_tells_where_it_came_first() -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from encoder_worker.sources import Refused, SourcePassage
+from encoder_worker.sources import Refused, SeenIds, SourcePassage
 from encoder_worker.sources.files import Source
-from encoder_worker.sources.seen import SeenIds
 from tuning import EvaluationError
 from tuning.judged import read_judged
 from tuning.trec import read_qrels
