@@ -164,10 +164,10 @@ def _inputs(options: Mapping[str, Any], out: Path | None, *, need_qrels: bool = 
 def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | None, options: Mapping[str, Any]) -> None:
     from tuning.sweep.outputs import config_toml, print_sweep, sweep_json
     from tuning.sweep.page import write_page
-    from tuning.sweep.summary import Choice, Summary
+    from tuning.sweep.summary import Choice, SweepSummary
 
     choice = Choice.among(limits, report.rows) if limits.given else None
-    summary = Summary(report, limits, choice)
+    summary = SweepSummary(report, limits, choice)
     write_output(out / "tune.json", sweep_json(summary))
     write_page(out, summary)
     print_sweep(summary, show_all=options["show_all"])

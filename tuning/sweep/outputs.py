@@ -12,7 +12,7 @@ from tuning.metrics import HEADLINE, Quality
 from tuning.report import format_json, plain_table, print_parts
 from tuning.sweep.margins import AUC, TAU
 from tuning.sweep.report import SweepReport, SweepRow
-from tuning.sweep.summary import Summary
+from tuning.sweep.summary import SweepSummary
 
 _FORMAT_VERSION = 1
 _MIN_WIDTH = 120
@@ -37,7 +37,7 @@ def _row_json(row: SweepRow) -> dict[str, Any]:
     }
 
 
-def sweep_json(summary: Summary) -> str:
+def sweep_json(summary: SweepSummary) -> str:
     """One JSON document; with the same seed only `hardware`, `summary`'s times, `timing` and `indexing` differ."""
     plain = "collection checkpoint fingerprint dtype device hardware instruction num_queries num_passages"
     plain += " num_candidates mean_tokens reference_ratio taught"
@@ -66,7 +66,7 @@ def sweep_json(summary: Summary) -> str:
     )
 
 
-def print_sweep(summary: Summary, *, show_all: bool = False) -> None:
+def print_sweep(summary: SweepSummary, *, show_all: bool = False) -> None:
     """Table with the fronts marked, how to read it, notes about the data and the summary, on standard output."""
     report, settings, finest = summary.report, summary.report.settings, f"r = {summary.report.reference_ratio}"
     chosen = summary.choice.row if summary.choice is not None else None
@@ -88,7 +88,7 @@ def print_sweep(summary: Summary, *, show_all: bool = False) -> None:
     )
 
 
-def config_toml(summary: Summary, row: SweepRow, model: str | None = None, *, control_tokens: bool = False) -> str:
+def config_toml(summary: SweepSummary, row: SweepRow, model: str | None = None, *, control_tokens: bool = False) -> str:
     """A configuration as the file that `preread index --config` and `preread serve --config` take.
 
     `model`: where it is not preread's own. `control_tokens`: whether the measured encoder read them in texts.

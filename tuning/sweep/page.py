@@ -14,7 +14,7 @@ from tuning import MissingExtra
 from tuning.metrics import HEADLINE
 from tuning.sweep.margins import AUC, TAU
 from tuning.sweep.report import SweepReport, SweepRow
-from tuning.sweep.summary import Summary
+from tuning.sweep.summary import SweepSummary
 from tuning.trec import Run
 
 try:
@@ -39,7 +39,7 @@ _NUM_CONFIGURATIONS = 12  # with examples, next to the chosen one
 _MAX_TEXT_CHARACTERS = 280
 
 
-def write_page(folder: Path, summary: Summary) -> None:
+def write_page(folder: Path, summary: SweepSummary) -> None:
     """`report.html` and a PNG for each figure."""
     report, choice = summary.report, summary.choice
     drawings = {

@@ -62,7 +62,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Summary:
+class SweepSummary:
     """Of a report, and of the choice within limits; None where no limit is given."""
 
     report: SweepReport

@@ -11,9 +11,9 @@ import pytest
 from tuning.config import Limits
 from tuning.metrics import HEADLINE, Bootstrap, Quality
 from tuning.sweep.report import SweepReport
-from tuning.sweep.summary import Choice, Summary
+from tuning.sweep.summary import Choice, SweepSummary
 
-MakeSummary = Callable[..., Summary]
+MakeSummary = Callable[..., SweepSummary]
 LOSES_ONE_PERCENT = Limits(max_loss=0.01)
 
 
@@ -29,11 +29,11 @@ def summary(sweep: Callable[..., SweepReport]) -> MakeSummary:
     """Of a reference, one configuration and a first stage, by the nDCG@10 of their queries."""
     measured = sweep(codecs=("SQ8",), read_ratios=(2,), cascades=())
 
-    def make(reference: list[float], own: list[float], limits: Limits = LOSES_ONE_PERCENT) -> Summary:
+    def make(reference: list[float], own: list[float], limits: Limits = LOSES_ONE_PERCENT) -> SweepSummary:
         finest, row, first = qualities(reference, own, [0.6] * len(own))
         rows = [replace(measured.rows[0], quality=row)]
         report = replace(measured, rows=rows, reference=finest, first_stage=first, num_queries=len(own))
-        return Summary(report, limits, Choice.among(limits, rows) if limits.given else None)
+        return SweepSummary(report, limits, Choice.among(limits, rows) if limits.given else None)
 
     return make
 

@@ -34,7 +34,7 @@ from tuning.metrics import HEADLINE
 from tuning.sweep.margins import AUC, TAU
 from tuning.sweep.outputs import sweep_json
 from tuning.sweep.report import SweepReport, SweepRow
-from tuning.sweep.summary import Summary
+from tuning.sweep.summary import SweepSummary
 from tuning.sweep.workdir import SpilledStates
 from tuning.trec import RunFile
 
@@ -47,7 +47,7 @@ def by_name(report: SweepReport) -> dict[str, SweepRow]:
 
 def without_times(report: SweepReport) -> dict[str, Any]:
     """The values that a seeded run repeats."""
-    document: dict[str, Any] = json.loads(sweep_json(Summary(report, Limits(), None)))
+    document: dict[str, Any] = json.loads(sweep_json(SweepSummary(report, Limits(), None)))
     del document["hardware"]
     for one in document["configurations"]:
         del one["timing"], one["indexing"], one["on_latency_front"]
