@@ -141,8 +141,7 @@ class RedisStore(Store):
             if came_from and (info.get("run_id") != process or cursor == came_from):
                 raise errors.InvalidPageToken("the Redis server has restarted since the page before")
             process = info.get("run_id")
-            found = (key[len(start) :].decode(errors="surrogateescape") for key in keys)
-            ids |= dict.fromkeys(filter(is_passage_id, found))
+            ids |= dict.fromkeys(one for key in keys if (one := _passage_id(key, start)) is not None)
             index += not cursor
         return list(ids), f"{servers} {index} {cursor} {process}".encode() if index < len(nodes) else b""
 
@@ -281,8 +280,7 @@ class RedisStore(Store):
                     digest = xxhash.xxh3_64_intdigest(key)
                     if digest not in seen:
                         seen.add(digest)
-                        passage_id = key[len(start) :].decode(errors="surrogateescape")
-                        yield key, passage_id if is_passage_id(passage_id) else None
+                        yield key, _passage_id(key, start)
                 if not cursor:
                     break
                 if cursor in cursors:  # no server repeats one, so this scan would not end
@@ -337,8 +335,14 @@ def _is_page(reply: object, start: bytes) -> bool:
     return all(key.startswith(start) for key in reply[1])
 
 
+def _passage_id(key: bytes, start: bytes) -> str | None:
+    """The id that a key stands for; None where no passage can have it."""
+    passage_id = key[len(start) :].decode(errors="surrogateescape")
+    return passage_id if is_passage_id(passage_id) else None
+
+
 def _is_page_or_info(reply: object, start: bytes) -> bool:
-    return isinstance(reply, dict) if not isinstance(reply, tuple) else _is_page(reply, start)
+    return isinstance(reply, dict) or _is_page(reply, start)
 
 
 def _scan_place(after: bytes, servers: str, num_nodes: int) -> tuple[int, int, str]:
