@@ -20,7 +20,7 @@ from decoder_server.edge.http.dialect_request import Size
 from decoder_server.edge.http.json_steps import parse
 from decoder_server.edge.http.openapi import JSON, Operation
 from decoder_server.edge.http.request import EXPECTED, Count, HttpRequest, Problem, RawText, Text, read, respond
-from decoder_server.engine.collections import list_ids
+from decoder_server.engine.collections import MAX_PAGE_SIZE, PAGE_SIZE, list_ids
 from preread import Passage, UpsertResult
 from preread.errors import InvalidRequest, Path
 from preread.values import CollectionInfo, join_title
@@ -156,7 +156,7 @@ async def _add_passages(request: HttpRequest) -> Response:
     name = check_name("collection", request.path_params["collection"])
     if request.check_written(*NDJSON) in NDJSON:
         request.check_plain()
-        settings = read(_UploadSettings, {key: _literal(value) for key, value in request.query_params.items()})
+        settings = _from_query(request, _UploadSettings)
         items = _from_lines(request)
     else:
         document = await request.read_json()
@@ -227,7 +227,7 @@ async def _get_collection(request: HttpRequest) -> Response:
 
 
 async def _list_passages(request: HttpRequest) -> Response:
-    page = read(_PageSettings, {key: _literal(value) for key, value in request.query_params.items()})
+    page = _from_query(request, _PageSettings)
     where = request.context.store, request.path_params["collection"], int(page.page_size or 0)
     ids, token = await asyncio.to_thread(list_ids, *where, str(page.page_token or ""))
     passages = _PassageIds(data=[_PassageId(id=one) for one in ids], next_page_token=token)
@@ -324,18 +324,26 @@ def _pack(info: CollectionInfo) -> _Collection:
     return _Collection(id=info.name, aliases=list(info.aliases), **own)
 
 
-def _literal(value: str) -> object:
-    """A query parameter as the JSON it would have been: 4, true; else the string."""
-    if value.isascii() and value.isdecimal():
-        return int(value[:MAX_DIGITS])
-    return {"true": True, "false": False}.get(value.lower(), value)
+def _from_query(request: HttpRequest, kind: type[T]) -> T:
+    """Settings in the query string, read as the JSON they would have been: 4, true; else strings."""
+
+    def literal(value: str) -> object:
+        if value.isascii() and value.isdecimal():
+            return int(value[:MAX_DIGITS])
+        return {"true": True, "false": False}.get(value.lower(), value)
+
+    return read(kind, {key: literal(value) for key, value in request.query_params.items()})
 
 
 _IDS = {"id": {"description": "In place of a body; may be repeated", "type": "array", "items": {"type": "string"}}}
 _TYPES = {"compression_ratio": "integer", "codec": "string", "store_text": "boolean"}
 _WITH_NDJSON = {name: {"description": "With NDJSON", "type": kind} for name, kind in _TYPES.items()}
 _PAGE: dict[str, dict[str, Any]] = {
-    "page_size": {"description": "About how many; at most 5000", "type": "integer", "default": 1000},
+    "page_size": {
+        "description": f"About how many; at most {MAX_PAGE_SIZE}",
+        "type": "integer",
+        "default": PAGE_SIZE,
+    },
     "page_token": {"description": "next_page_token of the page before", "type": "string"},
 }
 _COLLECTION, _ALIAS = "/v1/collections/{collection}", "/v1/aliases/{alias}"
