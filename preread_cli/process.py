@@ -224,13 +224,13 @@ def _collections(store: Store, fingerprint: str, config: DecoderConfig) -> str:
         return f"unknown: {exc}"
     shown = []
     for one in described[:MAX_SHOWN]:
-        manifest, aliases = one.manifest, f", alias {', '.join(one.aliases)}" if one.aliases else ""
+        manifest, notes = one.manifest, f", alias {', '.join(one.aliases)}" if one.aliases else ""
         if config.stages or config.read_ratio:  # as it holds for this collection
             stages = plan(RerankRequest("", ()), config, manifest.compression_ratio, 1).stages
-            aliases += f", scored at {format_stages(stages)}"
+            notes += f", scored at {format_stages(stages)}"
         refused = "" if manifest.fingerprint == fingerprint else ", REFUSED: of another encoder"
         kept = f"{one.stats.num_passages} passages, ratio {manifest.compression_ratio}, {manifest.codec}"
-        shown.append(f"{manifest.collection} ({kept}{aliases}{refused})")
+        shown.append(f"{manifest.collection} ({kept}{notes}{refused})")
     if len(described) > MAX_SHOWN:
         shown.append(f"{len(described) - MAX_SHOWN} more")
     shown += [f"{name} (UNREADABLE: {reason})" for name, reason in unreadable.items()]
