@@ -11,6 +11,8 @@ from decoder_server.config import HttpConfig
 from decoder_server.edge.http import app, dialects
 from decoder_server.server import DecoderServer, Gateway
 
+LIVE, READY = ("/health", "/healthz", "/livez"), ("/health/ready", "/readyz")
+
 
 def test_models(running):
     (model,) = running.http.get("/v1/models").json()["data"]
@@ -50,8 +52,8 @@ def test_health_is_live_at_once_and_ready_after_loading(tiny_checkpoint, run):
             async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{gateway.port}") as client:
                 body = {"query": "q", "documents": ["d"]}
                 answers = [
-                    await client.get("/health"),
-                    await client.get("/health/ready"),
+                    *[await client.get(path) for path in LIVE],
+                    *[await client.get(path) for path in READY],
                     await client.get("/info"),
                     await client.post("/rerank", json=body),
                 ]
@@ -60,11 +62,15 @@ def test_health_is_live_at_once_and_ready_after_loading(tiny_checkpoint, run):
             await idle.stop(0)
             return answers
 
-        live, *waiting = one.call(idle_answers())
-        assert live.status_code == 200
-        assert one.http.get("/health/ready").status_code == 200
-        one.gateway.context.draining = True
-        assert one.http.get("/health/ready").status_code == 503
+        answers = one.call(idle_answers())
+        live, waiting = answers[: len(LIVE)], answers[len(LIVE) :]
+        assert [answer.status_code for answer in live] == [200] * len(LIVE)
+        for draining, status in ((False, 200), (True, 503)):
+            one.gateway.context.draining = draining
+            for method in ("GET", "HEAD"):
+                assert {one.http.request(method, path).status_code for path in LIVE} == {200}
+                assert {one.http.request(method, path).status_code for path in READY} == {status}
+        assert one.http.head("/readyz").content == b""
     for answer in waiting:
         assert answer.status_code == 503
         assert answer.headers["retry-after"]

@@ -37,9 +37,10 @@ log = logging.getLogger(__name__)
 OnAnswer = Callable[[int, float], None]  # status, seconds
 
 # Probes carry no keys; what describes the interface, or is a page to type a key into, needs none.
-_OPEN = ("/", "/page/page.js", "/page/page.css", "/page/icon.svg", "/health", "/health/ready", "/openapi.json")
+_HEALTH = (*info.LIVE, *info.READY)
+_OPEN = ("/", "/page/page.js", "/page/page.css", "/page/icon.svg", *_HEALTH, "/openapi.json")
 _PREFIXED = (*dialects.PATHS, "/v1/models", "/models", "/info", "/health")  # also there behind a dialect's prefix
-_PROBES = ("/health", "/health/ready", "/metrics")  # a full server is alive, and says why
+_PROBES = (*_HEALTH, "/metrics")  # a full server is alive, and says why
 _NO_DIALECT = ("/v1/collections/", "/v1/explain")
 # Of a body that is not read as a whole: enough to tell the dialect of its error.
 _SEEN_BYTES = 64 << 10

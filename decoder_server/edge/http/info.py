@@ -23,6 +23,10 @@ from decoder_server.engine.engine import Engine
 from decoder_server.engine.explain import MAX_CANDIDATES, explain
 from preread.errors import InvalidRequest, Unavailable
 
+# Paths of probes, with their operationIds: ours, and those that Kubernetes has made usual.
+LIVE = {"/health": "live", "/healthz": "healthz", "/livez": "livez"}
+READY = {"/health/ready": "ready", "/readyz": "readyz"}
+_IS_READY = "Ready: loaded, and every encoder has answered"
 CREATED = 1735689600  # the list of models has to have a date; 2025-01-01
 
 _TYPES = {"page.html": "text/html", "page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
@@ -168,8 +172,8 @@ OPERATIONS = (
     Operation("GET", "/v1/models", _list_models, "Models served", answers=(_Models,)),
     Operation("GET", "/models", _list_models, "Models served", "listModelsShort", answers=(_Models,)),
     Operation("GET", "/info", _info, "The first model and the limits", answers=(_Info,)),
-    Operation("GET", "/health", _live, "The process answers", answers=(_State,)),
-    Operation("GET", "/health/ready", _ready, "Ready: loaded, and every encoder has answered", answers=(_State,)),
+    *(Operation("GET", path, _live, "The process answers", name, answers=(_State,)) for path, name in LIVE.items()),
+    *(Operation("GET", path, _ready, _IS_READY, name, answers=(_State,)) for path, name in READY.items()),
     Operation("GET", "/metrics", _metrics, "Prometheus metrics"),
     Operation("GET", "/openapi.json", _openapi, "This document", answers=(("Object", dict[str, Any]),)),
     Operation(
