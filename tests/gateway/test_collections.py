@@ -47,6 +47,42 @@ def test_settings_of_ndjson_are_in_the_query(running, passages):
     assert "asked for 2147483647" in refused.json()["message"]
 
 
+@pytest.mark.parametrize(
+    ("method", "url", "body", "found", "expected"),
+    [
+        ("POST", "passages", {"passages": [], "compresion_ratio": 4}, "compresion_ratio is 4",
+         "did you mean compression_ratio?"),
+        ("POST", "passages", {"passages": [], "collection": "x"}, "collection is 'x'",
+         "one of codec, compression_ratio, passages, store_text"),
+        ("POST", "passages?compression_ratio=4", {"passages": []}, "compression_ratio is '4'",
+         "next to passages; NDJSON has it in the query"),
+        ("POST", "passages?codecs=Flat", {"passages": []}, "codecs is 'Flat'", "codec?"),
+        ("POST", "passages", [{"id": "a", "Titel": "A", "text": "b"}], "passages[0].Titel is 'A'", "title?"),
+        ("POST", "passages", {"passages": [{"id": "a", "txt": "b"}]}, "passages[0].txt is 'b'", "text?"),
+        ("POST", "passages", [{"passage-id": "a", "text": "b"}], "passages[0].passage-id is 'a'", "passage_id?"),
+        ("DELETE", "passages", {"id": ["a"]}, "id is 'a list'", "one of ids, passage_ids"),
+        ("DELETE", "passages?ids=a", None, "ids is 'a'", "one of id"),
+        ("DELETE", "passages/a?id=b", None, "id is 'b'", "no query parameter"),
+        ("GET", "passages?page_sise=3", None, "page_sise is '3'", "page_size?"),
+    ],
+)  # fmt: skip
+def test_fields_and_parameters_of_our_own_are_all_known(running, method, url, body, found, expected):
+    response = running.http.request(method, f"/v1/collections/strict/{url}", json=body)
+
+    assert response.status_code == 400
+    assert response.json()["message"].startswith(f"{found}; expected ")
+    assert response.json()["message"].endswith(expected)
+
+
+def test_a_corpus_may_have_columns_of_its_own(running, documents):
+    rows = [{"_id": "a", "title": "T", "text": documents[0], "metadata": {}, "next": "b", "pid": 7, "Text": "again"}]
+
+    assert upload(running, "columns", rows)["num_stored"] == 1
+    misspelled = lines([{"id": "b", "text": "fine"}, {"id": "c", "text": "d", "titles": "e"}])
+    refused = running.http.post("/v1/collections/columns/passages", content=misspelled, headers=NDJSON)
+    assert refused.json()["error"]["param"] == "line 2.titles"
+
+
 def test_what_was_uploaded_is_ranked_by_id_as_its_text_is(running, passages, documents):
     upload(running, "ranked", passages, codec="Flat")
     by_text = running.ask(return_margins=True)["results"]

@@ -22,6 +22,36 @@ def test_unknown_fields_are_ignored_and_null_is_absent(running):
 
 
 @pytest.mark.parametrize(
+    ("path", "fields", "found", "near"),
+    [
+        ("/v1/rerank", {"compresion_ratio": 4}, "compresion_ratio is 4", "compression_ratio?"),
+        ("/v1/rerank", {"onMiss": "skip"}, "onMiss is 'skip'", "on_miss?"),
+        ("/v2/rerank", {"top-n": 1}, "top-n is 1", "top_n?"),
+        ("/voyage/v1/rerank", {"topK": 1}, "topK is 1", "top_k?"),
+        ("/v1/rerank", {"documents": None, "txts": ["a"]}, "txts is 'a list'", "texts?"),
+        ("/v1/rerank", {"stages": [{"compression_ratio": 8, "kepp": 2}, {"compression_ratio": 4}]},
+         "stages[0].kepp is 2", "keep?"),
+        ("/score", {"text_1": "a", "text_2": "b", "instructions": ""}, "instructions is ''", "instruction?"),
+        ("/v1/explain", {"frist": 3}, "frist is 3", "first?"),
+    ],
+)  # fmt: skip
+def test_a_misspelled_field_is_refused_with_the_nearest(running, path, fields, found, near):
+    refused = running.refused(400, path, **fields)
+
+    assert refused["message"] == f"{found}; expected a known field: did you mean {near}"
+    assert refused["error"]["param"] == found.partition(" is ")[0]
+    assert refused["error"]["code"] == "invalid_value"
+
+
+def test_a_misspelled_field_is_refused_in_the_shape_of_tei(running, query, documents):
+    refused = running.post("/rerank", {"query": query, "texts": documents, "return_txt": True})
+
+    assert refused.status_code == 400
+    message = "return_txt is 'true'; expected a known field: did you mean return_text?"
+    assert refused.json() == {"error": message, "error_type": "validation"}
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"documents": []}, "documents"),

@@ -22,10 +22,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from decoder_server.edge.engines import every_scored, unscored
-from decoder_server.edge.http import collections, dialects, info
+from decoder_server.edge.http import collections, dialects, info, names
 from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse
 from decoder_server.edge.http.openapi import JSON, Operation, document
-from decoder_server.edge.http.request import EXPECTED, Context, Endpoint, HttpRequest, Problem, read, respond
+from decoder_server.edge.http.request import EXPECTED, Context, HttpRequest, Problem, read, respond
 from decoder_server.engine.engine import Engine
 from preread.errors import InvalidRequest, PrereadError, Unauthenticated
 from preread.values import RerankRequest
@@ -50,15 +50,17 @@ MAX_REQUESTS_AT_ONCE = 8  # of one body: it should not fill the queue alone
 
 def build(context: Context, keys: access.ApiKeys, guard: access.Guard, on_answer: OnAnswer) -> ASGIApp:
     """The application; `guard` knows the names and web pages it answers to."""
-    by_path: dict[str, dict[str, Endpoint]] = {}
+    by_path: dict[str, dict[str, Operation]] = {}
     for operation in OPERATIONS:
         for prefix in ("", *dialects.PREFIXES) if operation.path in _PREFIXED else ("",):
-            by_path.setdefault(prefix + operation.path, {})[operation.method] = operation.endpoint
+            by_path.setdefault(prefix + operation.path, {})[operation.method] = operation
 
-    def by_method(endpoints: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
+    def by_method(operations: Mapping[str, Operation]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            call = endpoints["GET" if request.method == "HEAD" else request.method]
-            return await call(HttpRequest(request.scope, request.receive))
+            operation = operations["GET" if request.method == "HEAD" else request.method]
+            if operation.query is not None:
+                names.check_query(request.query_params, operation.query)
+            return await operation.endpoint(HttpRequest(request.scope, request.receive))
 
         return endpoint
 
@@ -68,7 +70,7 @@ def build(context: Context, keys: access.ApiKeys, guard: access.Guard, on_answer
             exc = Problem(exc.status_code, message, headers=exc.headers)
         return await _respond(request.scope, request.receive, Problem.of(exc))
 
-    routes = [Route(path, by_method(endpoints), methods=list(endpoints)) for path, endpoints in by_path.items()]
+    routes = [Route(path, by_method(operations), methods=list(operations)) for path, operations in by_path.items()]
     handlers: Any = dict.fromkeys((HTTPException, *EXPECTED, Exception), failed)
     app = Starlette(routes=[*routes, *info.PAGE], exception_handlers=handlers)
     app.router.redirect_slashes = False  # a redirected POST loses its body with many clients
@@ -204,6 +206,7 @@ async def _rerank(request: HttpRequest) -> Response:
     body = read(dict[str, Any], await request.read_json(until))
     dialect = dialects.pick(body, request.url.path)
     request.state.dialect = dialect
+    dialects.check_names(body, dialect)
     if body.get("model") is None and "model" in request.path_params:  # NIM's path names it
         body["model"] = request.path_params["model"]
     most = max([dialects.MAX_PAIRS, *(engine.limits.max_candidates for engine in engines.values())])

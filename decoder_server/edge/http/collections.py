@@ -16,6 +16,7 @@ from starlette.responses import Response
 from cache.errors import CollectionNotFound
 from cache.record import check_name
 from decoder_server.edge.engines import collection_infos
+from decoder_server.edge.http import names
 from decoder_server.edge.http.dialect_request import Size
 from decoder_server.edge.http.json_steps import parse
 from decoder_server.edge.http.openapi import JSON, Operation
@@ -47,13 +48,17 @@ class _Passage(Struct, kw_only=True):
     text: RawText
 
 
+_COLUMNS = dict.fromkeys(names.fields_of(_Passage)).keys()
+_ID_COLUMNS = _COLUMNS - {"title", "text"}
+
+
 class _UploadSettings(Struct, kw_only=True):
     compression_ratio: Count | None = None
     codec: Text | None = None
     store_text: bool | None = None
 
 
-class _UploadObject(_UploadSettings, kw_only=True):
+class _UploadObject(_UploadSettings, kw_only=True, forbid_unknown_fields=True):
     passages: Annotated[list[Any], Meta(extra_json_schema=_PASSAGE)] | None = None
 
 
@@ -84,7 +89,7 @@ class _Upload(Struct, kw_only=True, tag_field="object", tag="collection.upload")
                 self.refused.append(_Refused(id=result.passage_id or UNSET, message=result.message))
 
 
-class _DeleteRequest(Struct, kw_only=True):
+class _DeleteRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     ids: _Ids = None
     passage_ids: _Ids = None
 
@@ -146,7 +151,7 @@ class _AliasDeleted(Struct, kw_only=True, tag_field="object", tag="alias.deleted
     alias: str
 
 
-class _SetAliasRequest(Struct, kw_only=True):
+class _SetAliasRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     collection: Text
 
 
@@ -159,6 +164,8 @@ async def _add_passages(request: HttpRequest) -> Response:
         settings = _from_query(request, _UploadSettings)
         items = _from_lines(request)
     else:
+        if misplaced := next(iter(request.query_params.items()), None):
+            raise InvalidRequest(*misplaced, "a field of the JSON object, next to passages; NDJSON has it in the query")
         document = await request.read_json()
         body = read(_UploadObject, {"passages": document} if isinstance(document, list) else document)
         if not body.passages:
@@ -308,6 +315,8 @@ async def _each(items: list[Passage | UpsertResult]) -> AsyncIterator[Passage | 
 
 
 def _passage(item: object, path: Path) -> Passage | UpsertResult:
+    if isinstance(item, dict) and not item.keys() <= _COLUMNS:
+        names.check(item, _COLUMNS, _missing(item), path)
     body = read(_Passage, item, path)
     passage_id = str(body.id or body.other_id or body.passage_id or "")
     if not passage_id:
@@ -316,6 +325,12 @@ def _passage(item: object, path: Path) -> Passage | UpsertResult:
     if not RawText.is_utf8(text):
         return UpsertResult(passage_id, "refused", 0, 0, False, "text is {}; expected {}".format(*RawText.HALF_A_PAIR))
     return Passage(passage_id, text)
+
+
+def _missing(row: dict[str, Any]) -> names.Names:
+    """Fields that a passage lacks: others of a corpus may be near misses of those that it has."""
+    has_id = any(row.get(name) is not None for name in _ID_COLUMNS)
+    return tuple(name for name in _COLUMNS if row.get(name) is None and not (has_id and name in _ID_COLUMNS))
 
 
 def _pack(info: CollectionInfo) -> _Collection:
@@ -349,7 +364,7 @@ _PAGE: dict[str, dict[str, Any]] = {
 _COLLECTION, _ALIAS = "/v1/collections/{collection}", "/v1/aliases/{alias}"
 _PASSAGES = f"{_COLLECTION}/passages"
 _UPLOADS = {JSON: (("UploadRequest", _UploadObject, list[_Passage]),), NDJSON[0]: (_Passage,)}
-_operation = partial(Operation, tag="collections")
+_operation = partial(Operation, tag="collections", query={})
 OPERATIONS = (
     _operation("GET", "/v1/collections", _list_collections, "Every collection of the store", answers=(_Collections,)),
     _operation("GET", _COLLECTION, _get_collection, "One collection, by name or alias", answers=(_Collection,)),

@@ -31,7 +31,7 @@ class _OnMiss(Word):
     words = get_args(values.OnMiss)
 
 
-class _StageBody(Struct):
+class _StageBody(Struct, forbid_unknown_fields=True):
     compression_ratio: Count | None = None
     keep: Count | None = None
 
@@ -40,13 +40,18 @@ class _Stages(tuple[values.Stage, ...]):
     """A cascade, `"32:100, 8:20, 4"` or a list of objects. Whether its stages fit together is the engine's to check."""
 
     _FIELDS: ClassVar[Schema] = {"compression_ratio": Count.schema, "keep": Count.schema}
-    _STAGE: ClassVar[Schema] = {"type": "object", "required": ["compression_ratio"], "properties": _FIELDS}
+    _STAGE: ClassVar[Schema] = {
+        "type": "object",
+        "required": ["compression_ratio"],
+        "properties": _FIELDS,
+        "additionalProperties": False,
+    }
     schema: ClassVar[Schema] = {"anyOf": [Text.schema, {"type": "array", "items": _STAGE}]}
 
     @classmethod
     def read(cls, value: object) -> Self:
         if isinstance(value, list):
-            stages = read(list[_StageBody], value)
+            stages = [read(_StageBody, stage, (i,)) for i, stage in enumerate(value)]
             return cls(values.Stage(int(stage.compression_ratio or 0), int(stage.keep or 0)) for stage in stages)
         if not isinstance(value, str):
             raise InvalidRequest((), kind_of(value), "a string or a list")

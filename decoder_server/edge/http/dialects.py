@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Self
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from decoder_server.edge.http import dialect_request as rerank
+from decoder_server.edge.http import names
 from decoder_server.edge.http.request import Count, Query, Schema, Text, Word, read
 from preread.errors import InvalidRequest
 
@@ -315,6 +316,17 @@ def pick(fields: Mapping[str, object], path: str = "") -> type[Dialect]:
     return next(iter(found), _VoyageRequest if "top_k" in has and "top_n" not in has else _RerankRequest)
 
 
+_BODIES: tuple[type[Dialect], ...] = (*_MARKS.values(), _RerankRequest)
+# A field of one dialect is no misspelling in another, which ignores it.
+_FIELDS = dict.fromkeys(name for dialect in _BODIES for name in names.fields_of(dialect)).keys()
+
+
+def check_names(body: Mapping[str, Any], dialect: type[Dialect]) -> None:
+    """Raises InvalidRequest for a near miss of a field of any dialect: a mark, misspelled, shows another dialect."""
+    if not body.keys() <= _FIELDS:
+        names.check(body, _FIELDS, (*names.fields_of(dialect), *_FIELDS))
+
+
 # A string may be cut off. Were its end required, a search for one of escaped quotes would start again at each of them.
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}:,]', re.DOTALL)
 
@@ -322,7 +334,7 @@ _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}:,]', re.DOTALL)
 def guess(data: bytes) -> type[Dialect]:
     """The dialect of a body by its beginning, or by all of it where it is no JSON: as far as its fields can be seen."""
     depth, last = 0, b""
-    names: dict[str, object] = {}
+    marks: dict[str, object] = {}
     for match in _TOKEN.finditer(data):
         token = match[0]
         if token in (b"{", b"["):
@@ -330,6 +342,6 @@ def guess(data: bytes) -> type[Dialect]:
         elif token in (b"}", b"]"):
             depth -= 1
         elif token == b":" and depth == 1:
-            names[last[1:-1].decode(errors="replace")] = True
+            marks[last[1:-1].decode(errors="replace")] = True
         last = token
-    return pick(names)
+    return pick(marks)

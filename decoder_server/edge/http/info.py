@@ -135,7 +135,7 @@ async def _file(request: Request) -> Response:
     return Response(_FILES[name], media_type=_TYPES[name], headers=_HEADERS)
 
 
-class _ExplainRequest(RerankBody, kw_only=True):
+class _ExplainRequest(RerankBody, kw_only=True, forbid_unknown_fields=True):
     first: Count | None = None  # passages of the collection, in place of passage_ids
 
 
@@ -178,7 +178,7 @@ OPERATIONS = (
     Operation("GET", "/openapi.json", _openapi, "This document", answers=(("Object", dict[str, Any]),)),
     Operation(
         "POST", "/v1/explain", _explain, "A few candidates at every ratio, and what was attended to", tag="rerank",
-        answers=(_Explanation,), bodies={JSON: (_ExplainRequest,)},
+        answers=(_Explanation,), bodies={JSON: (_ExplainRequest,)}, query={},
     ),
 )  # fmt: skip
 PAGE = [Route(path, _file) for path in ("/", "/page/page.js", "/page/page.css", "/page/icon.svg")]

@@ -56,7 +56,7 @@ class Operation:
     answers: Sequence[Any] = ()  # structs, or a name before several alternatives; none: text
     bodies: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # the same, by media type
     body_required: bool = True
-    query: Mapping[str, Schema] = field(default_factory=dict)
+    query: Mapping[str, Schema] | None = None  # every parameter there is; None: any, and none is read
 
 
 def document(operations: Iterable[Operation], prefixes: Iterable[str]) -> Schema:
@@ -80,7 +80,8 @@ def document(operations: Iterable[Operation], prefixes: Iterable[str]) -> Schema
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             "description": "Reranking from cached token states, in the dialects of Cohere, Jina, vLLM, llama.cpp, "
             "infinity, TEI, NIM, Voyage and mixedbread. Reranking paths also exist behind the prefixes "
-            f"{', '.join(prefixes)}, which force that dialect. Unknown fields are ignored; null is absent.",
+            f"{', '.join(prefixes)}, which force that dialect. Null is absent. "
+            "Unknown fields of a reranking body are ignored, unless they are near misses of known ones.",
         },
         "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
         "paths": paths,
@@ -116,7 +117,7 @@ def _schemas(published: Mapping[str, tuple[Any, ...]]) -> dict[str, Schema]:
 def _described(operation: Operation) -> Schema:
     name = getattr(operation.endpoint, "__name__", "").strip("_")
     headers: Schema = {"x-request-id": {"description": "The caller's, or a new one", "schema": {"type": "string"}}}
-    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()]
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in (operation.query or {}).items()]
     problems: Sequence[Any] = ERRORS[:1]
     if len(operation.answers) > 1:  # of every dialect
         headers |= {name: {"description": text, "schema": {"type": "string"}} for name, text in _RERANK_HEADERS.items()}

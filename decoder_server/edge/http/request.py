@@ -1,7 +1,8 @@
 """Requests to the endpoints, their responses and errors: what all endpoints share.
 
-The class that a body is read into checks it, and describes it in /openapi.json. Null is absent, unknown fields are
-ignored. The types here are what msgspec does not have: text that UTF-8 can hold, counts written as 3.0.
+The class that a body is read into checks it, and describes it in /openapi.json. Null is absent; unknown fields are
+ignored, unless the class forbids them. The types here are what msgspec does not have: text that UTF-8 can hold,
+counts written as 3.0.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from starlette.responses import Response, StreamingResponse
 from cache import errors as cache
 from cache.store import Store
 from decoder_server.config import DEFAULT_NAMES, HttpConfig
+from decoder_server.edge.http import names
 from decoder_server.edge.http.json_steps import ENCODER, parse, render_in_steps
 from decoder_server.engine.engine import Engine, choose
 from decoder_server.readiness import Readiness
@@ -44,6 +46,7 @@ _AT = re.compile(r" - at `\$(.*)`$")
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 _EXPECTED = re.compile(r"Expected `([^`]+)`( of length \d+)?, got `?([^`]+)`?")
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")
+_UNKNOWN = "Object contains unknown field "
 _TeiKind = Literal["unhealthy", "backend", "overloaded", "validation"]
 
 
@@ -364,6 +367,10 @@ def read(kind: type[T], value: Any, root: Path = ()) -> T:
         path = root + tuple(name or int(index) for name, index in _STEP.findall(at[1] if at else ""))
         if isinstance(cause, InvalidRequest):  # of a type here, with a path relative to the value
             raise InvalidRequest(path + cause.path or ("body",), cause.value, cause.expected) from None
+        if message.startswith(_UNKNOWN) and path == root and isinstance(kind, type) and issubclass(kind, Struct):
+            known = names.fields_of(kind)
+            unknown = next(name for name in value if name not in known)
+            raise names.no_such(unknown, value[unknown], known, root) from None
         if missing := _MISSING.match(message):
             raise InvalidRequest((*path, missing[1]), "absent", "a value") from None
         found, expected = "not valid", "a value as /openapi.json describes it"
