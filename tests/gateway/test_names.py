@@ -6,8 +6,9 @@ import random
 import string
 
 import pytest
+from starlette.routing import Match, Route
 
-from decoder_server.edge.http import dialects, names
+from decoder_server.edge.http import app, dialects, names
 from preread.errors import InvalidRequest
 
 DIALECTS = {one.__name__: one for one in dialects._BODIES}
@@ -84,3 +85,40 @@ def test_a_value_that_may_be_passages_is_not_repeated():
     with pytest.raises(InvalidRequest) as refused:
         dialects.check_names({"dokuments": ["a secret"]}, DIALECTS["_RerankRequest"])
     assert str(refused.value) == "dokuments is 'a list'; expected a known field: did you mean documents?"
+
+
+PATHS = [operation.path for operation in app.OPERATIONS]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_misspelling_of_a_part_of_a_path_is_named(path):
+    plain = path.replace("{collection}", "Docs").replace("{alias}", "live").replace("{passage_id:path}", "P-1")
+    plain = plain.replace("{model:path}", "some-model")
+    routes = [Route(one, print) for one in PATHS]
+    for i in (i for i, character in enumerate(plain) if character != "/"):
+        for wrong in (plain[:i] + plain[i + 1 :], plain[:i] + "x" + plain[i:]):
+            scope = {"type": "http", "method": "GET", "path": wrong}
+            if not any(route.matches(scope)[0] is not Match.NONE for route in routes):
+                near = names.nearest_path(wrong, PATHS)
+                assert any(route.matches(scope | {"path": near})[0] is not Match.NONE for route in routes), wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("/api/v1/rerank", "/v1/rerank"),
+        ("/v3/rerank", "/v1/rerank"),
+        ("/V1/Rerank", "/v1/rerank"),
+        ("/v1/collections/", "/v1/collections"),
+        ("/v1/collection/Docs/passages", "/v1/collections/Docs/passages"),
+        ("/collections/Docs/passages", "/v1/collections/Docs/passages"),
+        ("/v1/alias/live", "/v1/aliases/live"),
+        ("/v1/retrieval/a/b/rerank", "/v1/retrieval/{model}/reranking"),
+        ("/health/readiness", "/health/ready"),
+        ("/v1/embeddings", ""),
+        ("/v1/chat/completions", ""),
+        ("/favicon.ico", ""),
+    ],
+)
+def test_the_nearest_path(path, near):
+    assert names.nearest_path(path, PATHS) == near

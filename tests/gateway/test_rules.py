@@ -108,6 +108,41 @@ def test_the_router_speaks_json_too(running, method, path, status):
     assert response.headers["x-request-id"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "message"),
+    [
+        ("POST", "/v1/rerankk", "POST /v1/rerankk: no such path; did you mean /v1/rerank?"),
+        ("GET", "/v1/collection/Docs", "GET /v1/collection/Docs: no such path; did you mean /v1/collections/Docs?"),
+        ("POST", "/infinity/reranks", "POST /infinity/reranks: no such path; did you mean /infinity/rerank?"),
+        ("GET", "/nowhere", "GET /nowhere: no such path; /openapi.json lists all paths"),
+        ("GET", "/v1/rerank" * 500, f"GET {'/v1/rerank' * 20}: no such path; /openapi.json lists all paths"),
+    ],
+    ids=["rerank", "collection", "prefix", "none", "long"],
+)
+def test_an_unknown_path_is_404_with_the_nearest(running, method, path, message):
+    response = running.http.request(method, path)
+
+    assert (response.status_code, response.json()["message"]) == (404, message)
+    assert response.json()["error"]["code"] == "path_not_found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/v1/rerank", "POST"),
+        ("DELETE", "/v1/collections", "GET, HEAD"),
+        ("PUT", "/v1/collections/docs/passages", "DELETE, GET, HEAD, POST"),
+        ("POST", "/", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_405_with_those_that_there_are(running, method, path, allow):
+    response = running.http.request(method, path)
+
+    assert (response.status_code, response.headers["allow"]) == (405, allow)
+    expected = allow.replace(", ", " or ")
+    assert response.json()["message"] == f"{method} {path}: no such method here; expected {expected}"
+
+
 def test_an_unknown_model_is_404_and_the_served_one_is_named(running):
     error = running.refused(404, model="rerank-v3.5")
 

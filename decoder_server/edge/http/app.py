@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
@@ -45,6 +45,7 @@ _NO_DIALECT = ("/v1/collections/", "/v1/explain")
 # Of a body that is not read as a whole: enough to tell the dialect of its error.
 _SEEN_BYTES = 64 << 10
 _PEEK_SECONDS = 1.0
+MAX_PATH_SHOWN = 200
 MAX_REQUESTS_AT_ONCE = 8  # of one body: it should not fill the queue alone
 
 
@@ -66,8 +67,7 @@ def build(context: Context, keys: access.ApiKeys, guard: access.Guard, on_answer
 
     async def failed(request: Request, exc: Exception) -> Response:
         if isinstance(exc, HTTPException):  # of the router
-            message = f"{request.method} {request.url.path[:200]}: {exc.detail}"
-            exc = Problem(exc.status_code, message, headers=exc.headers)
+            exc = _unrouted(request, exc, [*by_path])
         return await _respond(request.scope, request.receive, Problem.of(exc))
 
     routes = [Route(path, by_method(operations), methods=list(operations)) for path, operations in by_path.items()]
@@ -77,6 +77,19 @@ def build(context: Context, keys: access.ApiKeys, guard: access.Guard, on_answer
     app.state.context = context
     app.state.openapi = document(OPERATIONS, dialects.PREFIXES)
     return Envelope(app, keys, guard, on_answer)
+
+
+def _unrouted(request: Request, exc: HTTPException, paths: Sequence[str]) -> Problem:
+    """An unknown path, with the nearest of those that there are; or a method that the path does not have."""
+    path = request.scope["path"]
+    what = f"{request.method} {path[:MAX_PATH_SHOWN]}"
+    if exc.status_code == 405:
+        allowed = sorted(Headers(exc.headers).get("allow", "").split(", "))
+        message = f"{what}: no such method here; expected {' or '.join(allowed)}"
+        return Problem(405, message, headers={"allow": ", ".join(allowed)})
+    near = names.nearest_path(path, paths) if len(path) <= MAX_PATH_SHOWN else ""
+    hint = f"did you mean {near}?" if near else "/openapi.json lists all paths"
+    return Problem(exc.status_code, f"{what}: no such path; {hint}")
 
 
 def _scopes_of(method: str, path: str) -> tuple[access.Scope, ...]:

@@ -1,9 +1,10 @@
-"""Misspelled names of fields and query parameters: near misses of known names, and the errors that name both.
+"""Misspelled names of fields, query parameters and paths: near misses of known names, and the errors that name both.
 
 A client's body may hold fields that only its own service knows; they are ignored. A near miss of a known field is
 rejected: its value would be lost without a word. Bodies and query parameters that only Preread has are strict.
 """
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -16,6 +17,7 @@ from preread.errors import InvalidRequest, Path
 
 MAX_UNKNOWN = 64  # names of one object that are compared: comparing a million would take minutes
 _MAX_CHARS = 64  # a longer name is a near miss of none
+_NEAR_PATH = 0.75  # of difflib's ratio, in which 1 is equal
 
 Names = tuple[str, ...]
 
@@ -62,6 +64,25 @@ def _nearest(name: str, known: Names) -> str:
             if most <= (len(plain) > 3) + (len(plain) > 10) and _within(given, plain, most):
                 return one
     return ""
+
+
+def nearest_path(path: str, known: Iterable[str]) -> str:
+    """The most similar known path, with the caller's names in place of {}; "" if none is similar."""
+    best = (_NEAR_PATH, "")
+    given = path.split("/")
+    for one in known:
+        parts = one.replace(":path", "").split("/")
+        # Counted from the end: a caller may leave the version in front out.
+        named = [i for i in range(-1, -min(len(parts), len(given)), -1) if parts[i].startswith("{") and given[i]]
+        if len(parts) == len(given) and not _within(given[1].lower(), parts[1], 1):
+            continue  # another prefix or resource
+        filled, plain = [*parts], [part.lower() for part in given]
+        for i in named:
+            filled[i], parts[i], plain[i] = given[i], "", ""
+        alike = difflib.SequenceMatcher(None, "/".join(plain), "/".join(parts))
+        if alike.quick_ratio() > best[0] and (ratio := alike.ratio()) > best[0]:  # the first is cheap, and never less
+            best = (ratio, "/".join(filled) if len(given) <= len(filled) else one.replace(":path", ""))
+    return best[1]
 
 
 def _shown(value: object) -> object:
