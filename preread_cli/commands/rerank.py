@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from preread.values import (
 from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS, CommandFailed
 from preread_cli.flags import option
+from preread_cli.passages import passage_ids
 from preread_cli.terminal import print_json, print_some, progress_bar
 from preread_edge.outputs import human_bytes, open_output
 
@@ -58,7 +59,6 @@ _query_options = flags.options_of(
     option("--model-name", metavar="NAME", default="", help="Model to use, of those served.  [default: the first]"),
     option("--timeout-seconds", type=flags.SECONDS, default=300.0, help="Time limit of one request."),
     flags.as_json,
-    flags.store,
     flags.client,
 )
 
@@ -87,8 +87,8 @@ _query_options = flags.options_of(
 def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
     """Rank passages for a query, or for a file of queries.
 
-    Without --ids, --candidates or --run the whole collection is ranked, up to 5,000 passages; its ids are
-    read from --store. A server must be running: `preread serve`.
+    Without --ids, --candidates or --run the whole collection is ranked, up to 5,000 passages.
+    A server must be running: `preread serve`.
 
     \b
     Examples:
@@ -115,9 +115,9 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
         )  # the server rejects unknown names
         score = partial(_rerank_in_parts, client, max_candidates=max_candidates, options=options)
         if query is None:
-            num_bad = _many_queries(score, given)
+            num_bad = _many_queries(client, score, given)
         else:
-            candidates = _candidates(given)
+            candidates = _candidates(client, given)
             answer = score(query, candidates)
             num_bad = len(candidates) - answer.summary.num_scored
             if given["as_json"]:
@@ -143,7 +143,7 @@ def _check(query: str | None, given: Mapping[str, Any]) -> None:
             raise click.UsageError(message)
 
 
-def _many_queries(score: Score, given: Mapping[str, Any]) -> int:
+def _many_queries(client: preread.Client, score: Score, given: Mapping[str, Any]) -> int:
     """A line or a TREC run for each query, and on standard error how it went; how many candidates were not scored."""
     from tuning.trec import check_ids, run_lines
 
@@ -152,7 +152,7 @@ def _many_queries(score: Score, given: Mapping[str, Any]) -> int:
         candidates = _from_run(Path(given["run_file"]), queries, given["depth"])
         queries = {query_id: text for query_id, text in queries.items() if query_id in candidates}
     else:
-        candidates = dict.fromkeys(queries, _candidates(given))
+        candidates = dict.fromkeys(queries, _candidates(client, given))
     if not given["as_json"]:  # now, not after hours
         check_ids(*queries)
         check_ids(*{one.passage_id for found in candidates.values() for one in found if one.passage_id})
@@ -316,13 +316,13 @@ def warm(ctx: click.Context, /, **given: Any) -> None:
       preread warm -c docs --ids most-read.txt
       preread warm -c docs --ids - --instruction "Find passages that answer the question"
     """
-    ids = _passage_ids(given)
-    if not ids:
-        raise CommandFailed(f"{given['ids']}: no ids, nothing to warm")
     options = {name: given[name] for name in ("collection", "instruction", "compression_ratio")}
     warmed = []
     settings = flags.client_settings(given)
     with preread.Client(given["address"], options=settings) as client, progress_bar("warming") as on_progress:
+        ids = passage_ids(client, given)
+        if not ids:
+            raise CommandFailed(f"{given['ids']}: no ids, nothing to warm")
         for first in range(0, len(ids), CHUNK):
             warmed.append(client.warm(ids[first : first + CHUNK], model=given["model_name"], **options))
             on_progress(min(first + CHUNK, len(ids)), len(ids))
@@ -350,14 +350,14 @@ def warm(ctx: click.Context, /, **given: Any) -> None:
         ctx.exit(BAD_ITEMS)
 
 
-def _candidates(given: Mapping[str, Any]) -> Sequence[Candidate]:
+def _candidates(client: preread.Client, given: Mapping[str, Any]) -> Sequence[Candidate]:
     """The candidates of every query, where no run names them: ids, those of the whole collection, or texts.
 
     A text is a line, or an object with `id` (or `_id`), `text`, or both; a `title` goes before the text.
     """
     candidates = []
     if given["candidates"] is None:
-        candidates = [Candidate(passage_id=passage_id) for passage_id in _passage_ids(given, MAX_WHOLE_COLLECTION)]
+        candidates = [Candidate(passage_id=one) for one in passage_ids(client, given, MAX_WHOLE_COLLECTION)]
     for where, line, row in _rows(given["candidates"]) if given["candidates"] is not None else ():
         if row is None:
             candidates.append(Candidate(text=line))
@@ -415,24 +415,3 @@ def _text(where: Place, row: dict[str, Any], *names: str) -> str | None:
     except UnicodeEncodeError as exc:  # JSON can spell half a surrogate pair
         raise CommandFailed(f"{where}: {name} is not valid Unicode: {exc.reason}") from exc
     return value
-
-
-def _passage_ids(given: Mapping[str, Any], max_stored: int | None = None) -> list[str]:
-    """Those of --ids, one a line; without it those of the whole --collection, sorted, at most `max_stored`."""
-    from cache.collection import Collection
-    from cache.open import open_store
-    from tuning.trec import JudgedFile
-
-    if given["ids"] is not None:
-        return [line.strip() for _, line in JudgedFile(given["ids"]).lines()]
-    name = f"collection {given['collection']!r}"
-    with closing(open_store(given["store"], read_budget_seconds=flags.ADMIN_READ_SECONDS)) as store:
-        collection = Collection.open(store, given["collection"])
-        num_passages = collection.stats().num_passages
-        if max_stored is not None and num_passages > max_stored:
-            limit = f"without --ids or --run at most {max_stored:,} are ranked. Let a first stage choose candidates"
-            raise CommandFailed(f"{name} has {num_passages:,} passages; {limit}")
-        ids = sorted(passage_id for passage_id, _ in islice(store.scan(collection.name), max_stored))
-    if not ids:
-        raise CommandFailed(f"{name} is empty")
-    return ids

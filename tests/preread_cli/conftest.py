@@ -23,7 +23,6 @@ def command(server_pair, client):
     """Runs `preread NAME` against the served pair."""
 
     def run(name: str, *arguments: str, stdin: str | None = None):
-        given = [name, *arguments, "--address", server_pair.address, "--store", server_pair.store]
-        return CliRunner().invoke(cli, given, input=stdin)
+        return CliRunner().invoke(cli, [name, *arguments, "--address", server_pair.address], input=stdin)
 
     return run

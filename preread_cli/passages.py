@@ -1,0 +1,53 @@
+"""Which passages a command ranks or warms: those of a file of ids, or all that the server's collection has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import preread
+from preread_cli.failures import UNAVAILABLE, CommandFailed
+
+MAX_LISTINGS = 3  # of a collection: one that is cut short begins again at the first page
+
+
+def passage_ids(client: preread.Client, given: Mapping[str, Any], max_listed: int | None = None) -> list[str]:
+    """Those of --ids, one a line; without it those of the whole --collection, sorted, at most `max_listed`."""
+    from tuning.trec import JudgedFile
+
+    if given["ids"] is not None:
+        return [line.strip() for _, line in JudgedFile(given["ids"]).lines()]
+    collection = given["collection"]
+    try:
+        ids = _list(client, collection, max_listed)
+    except preread.PrereadError as exc:
+        if exc.code != "UNIMPLEMENTED":
+            raise
+        older = f"the server at {exc.address} cannot list passages: it is older than this command"
+        raise CommandFailed(f"{older}. Name the passages with --ids") from exc
+    if not ids:
+        raise CommandFailed(f"collection {collection!r} of the server at {given['address']} is empty")
+    if max_listed is not None and len(ids) > max_listed:
+        infos = (one for one in client.list_collections() if collection in (one.name, *one.aliases))
+        count = next((f"{one.num_passages:,}" for one in infos), f"more than {max_listed:,}")
+        limit = f"without --ids or --run at most {max_listed:,} are ranked. Let a first stage choose candidates"
+        raise CommandFailed(f"collection {collection!r} has {count} passages; {limit}")
+    return ids
+
+
+def _list(client: preread.Client, collection: str, max_listed: int | None) -> list[str]:
+    """Ids of a collection, sorted, each once; of more than `max_listed` one more than that."""
+    for _ in range(MAX_LISTINGS):
+        ids = set[str]()  # from Redis one may come twice
+        try:
+            for passage_id in client.list_passages(collection):
+                ids.add(passage_id)
+                if max_listed is not None and len(ids) > max_listed:
+                    break
+        except preread.InvalidRequest as exc:
+            if [one.field for one in exc.violations] != ["page_token"]:
+                raise
+        else:
+            return sorted(ids)
+    cause = "it is replaced, or its Redis restarts, again and again"
+    raise CommandFailed(f"collection {collection!r} could not be listed: {cause}", UNAVAILABLE)
