@@ -44,7 +44,7 @@ class Argument:
     def address(self) -> str:
         """host:port, or a gRPC target such as dns:///name:port or unix:path."""
         text = self.text()
-        if ":" not in text or not text.isprintable():
+        if ":" not in text or not text.isprintable() or text.startswith(("http://", "https://")):
             raise self.invalid(ascii(text), "host:port")
         return text
 

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import operator
+import re
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
@@ -203,22 +204,59 @@ def ending(call: Any, address: str, upload: Upload | None = None) -> Iterator[No
         call.cancel()
 
 
+# What gRPC itself says where no server has: while it connects, and about a call that it ends. The first match counts.
+_CONNECTING = re.compile("connections to all backends failing|failed to connect to all addresses|errors resolving|DNS ")
+_ENDING = re.compile("Stream removed|Socket closed|Cancelling all|recvmsg|sendmsg|[Kk]eepalive|[Pp]ing timeout|GOAWAY")
+_CONNECT_FAILURES = tuple(
+    (re.compile(pattern), reason, message)
+    for pattern, reason, message in (
+        ("errors resolving|DNS resolution", "UNREACHABLE", "its name has no address"),
+        ("Connection refused", "UNREACHABLE", "nothing listens there"),
+        ("Failed parsing HTTP/2", "NOT_GRPC", "what listens there does not speak gRPC"),
+        ("WRONG_VERSION_NUMBER", "NOT_TLS", "what listens there does not use TLS"),
+        ("certificate has expired", "TLS", "its certificate has expired"),
+        ("CERTIFICATE_VERIFY_FAILED", "UNTRUSTED", "no authority that is trusted here signed its certificate"),
+        ("Hostname Verification", "TLS", "its certificate is for another name"),
+        ("security handshaker", "TLS", "the PEM files given for TLS hold no certificate, or not its key"),
+        ("Socket closed|recvmsg|Connection reset|EOF", "CLOSED", "what listens there closes the connection"),
+        ("", "UNREACHABLE", "no connection came about"),
+    )
+)
+
+
 def translate(error: grpc.RpcError, address: str) -> PrereadError:
-    """The typed form of a failed call."""
+    """The typed form of a failed call. Where no server answered it says why in words that are not gRPC's."""
     call: Any = error  # grpc's stubs declare nothing of what its sync and async errors have in common
     code = call.code() or grpc.StatusCode.UNKNOWN
-    message = call.details() or code.name
-    if code is grpc.StatusCode.UNAVAILABLE:
-        message = f"{address}: {message}"
-    if code is grpc.StatusCode.UNIMPLEMENTED:
-        message += "; the server does not know this call: expected one that is not older than this client"
+    message, trailers = call.details() or code.name, call.trailing_metadata() or ()
     details = {"code": code.name, "address": address}
-    for key, value in call.trailing_metadata() or ():
+    if unanswered := None if trailers else _unanswered(code, message):
+        details["reason"], message = unanswered[0], f"the server at {address} {unanswered[1]}"
+    elif code is grpc.StatusCode.UNAVAILABLE:
+        message = f"{address}: {message}"
+    for key, value in trailers:
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             with suppress(DecodeError):  # some proxy's own; the status code has to do
                 for item in status_pb2.Status.FromString(value).details:
                     details |= _error_detail(item)
     return PrereadError.by_status.get(code.name, ServerError).received(message, **details)
+
+
+def _unanswered(code: grpc.StatusCode, message: str) -> tuple[str, str] | None:
+    """The reason, a constant, and what the server did not do; None: the message is its own."""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and message == "Deadline Exceeded":
+        return "NO_ANSWER", "did not answer within the time limit"
+    if code is grpc.StatusCode.UNAVAILABLE and _CONNECTING.match(message):
+        found = ((reason, said) for pattern, reason, said in _CONNECT_FAILURES if pattern.search(message))
+        reason, said = next(found)
+        return reason, f"could not be reached: {said}"
+    if code is grpc.StatusCode.UNAVAILABLE and _ENDING.match(message):
+        return "UNREACHABLE", "did not answer: the connection was lost"
+    if message.startswith("Received http2 header"):
+        return "NOT_GRPC", "could not be reached: what listens there answers in HTTP, not in gRPC"
+    if message in ("Method not found!", "Method not implemented!"):
+        return "UNKNOWN_CALL", "does not know this call: it is older than this client, or a server of another kind"
+    return None
 
 
 def _error_detail(item: Any) -> dict[str, Any]:

@@ -7,14 +7,13 @@
 70 an unexpected error, a fault of this code (EX_SOFTWARE of sysexits.h); 130 interrupted
 """
 
-import sys
 import traceback
 from typing import IO, Any, Self
 
 import click
 
 from cache.errors import CacheError, StoreDamaged, StoreFull, StoreLocked, StoreUnavailable
-from preread.errors import PrereadError, Unavailable
+from preread.errors import PrereadError
 
 BAD_ITEMS = 1
 BAD_INPUT = 2
@@ -23,6 +22,17 @@ INTERNAL = 70
 INTERRUPTED = 130
 
 _CALLERS_FAULT = {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "PERMISSION_DENIED", "UNAUTHENTICATED"}
+# What to try where no server answered, by the reason that preread.wire gives.
+_ADVICE = {
+    "UNREACHABLE": "; is `preread serve` running there?",
+    "NO_ANSWER": "; is `preread serve` running there, or too busy for --timeout-seconds?",
+    "NOT_GRPC": "; --address takes the port of gRPC, not that of HTTP",
+    "NOT_TLS": "; leave out --tls and the --tls-... files",
+    "CLOSED": "; it may expect TLS (--tls, --tls-ca-file) or a client's certificate (--tls-cert-file)",
+    "UNTRUSTED": "; name its certificate, or its authority's, with --tls-ca-file",
+    "TLS": "",
+    "UNKNOWN_CALL": "",
+}
 
 
 class CommandFailed(click.ClickException):
@@ -41,20 +51,27 @@ class CommandFailed(click.ClickException):
         match error:
             case KeyboardInterrupt():
                 return cls("interrupted", INTERRUPTED)
-            case Unavailable():
-                return cls(f"{text}; is `preread serve` running there?", UNAVAILABLE)
             case PrereadError():
-                return cls(text, BAD_INPUT if error.status in _CALLERS_FAULT else UNAVAILABLE)
+                return cls(_told(error, text), BAD_INPUT if error.status in _CALLERS_FAULT else UNAVAILABLE)
             case StoreUnavailable() | StoreLocked() | StoreFull() | StoreDamaged():
                 return cls(text, UNAVAILABLE)
             case CacheError() | OSError() | ValueError():
                 return cls(text)
-        if "grpc" in sys.modules and isinstance(error, sys.modules["grpc"].RpcError):  # a help text does not load it
-            status = error.code().name if hasattr(error, "code") and error.code() is not None else "UNKNOWN"
-            details = error.details() if hasattr(error, "details") else str(error)
-            return cls(f"{details} ({status})", BAD_INPUT if status in _CALLERS_FAULT else UNAVAILABLE)
         hint = "" if debug else " (--debug shows where)"
         return cls(f"unexpected {type(error).__name__}: {text}{hint}", INTERNAL)
 
     def show(self, file: IO[Any] | None = None) -> None:
         click.echo(f"preread: error: {self.format_message()}", file=file, err=file is None)
+
+
+def _told(error: PrereadError, text: str) -> str:
+    """The line for a failed call: which server said so, or what to try where none answered."""
+    if not error.address:  # raised here
+        return text
+    if error.reason not in _ADVICE:
+        return f"the server at {error.address} says: {text.removeprefix(f'{error.address}: ')}"
+    from preread.channel import proxy_variable
+
+    proxy = proxy_variable(error.address)
+    through = f" ({proxy} is set, so it is called through that proxy; no_proxy exempts hosts)" if proxy else ""
+    return f"{text}{through}{_ADVICE[error.reason]}"

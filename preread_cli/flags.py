@@ -1,6 +1,7 @@
 """Flags: made from knobs, shared by commands; `--some-flag` can be set as PREREAD_SOME_FLAG, the command line wins."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Mapping
 from functools import partial, reduce
 from pathlib import Path
@@ -110,6 +111,8 @@ client = options_of(
 
 def client_settings(given: Mapping[str, Any]) -> "preread.ClientOptions":  # evaluated, it would load gRPC
     """Of `client` and --timeout-seconds. Raises ValueError: a certificate without its key, or the reverse."""
+    # Before gRPC is loaded, which would write its own lines about a failed handshake next to the error's.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from preread_edge.access import ApiKeys
 
     files = [given[f"tls_{name}_file"] for name in ("ca", "cert", "key")]

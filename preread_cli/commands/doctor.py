@@ -209,7 +209,7 @@ def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity 
             theirs = client.describe().encoder.fingerprint
     except preread.PrereadError as exc:
         through = f" (through the proxy of {proxy})" if (proxy := proxy_variable(address)) else ""
-        return "worker", "FAIL", f"{address}: {exc}{through}"
+        return "worker", "FAIL", f"{'' if address in str(exc) else f'{address}: '}{exc}{through}"
     if identity is not None and theirs != identity.fingerprint:
         here = f"this checkpoint's encoder is {identity.fingerprint[:12]}"
         return "worker", "FAIL", f"{address} encodes with {theirs[:12]}, {here}"
@@ -225,20 +225,23 @@ def health(**given: Any) -> None:
 
     Exit codes: 0 ready, 2 no such service, 3 not ready or unreachable.
     """
+    settings, address = flags.client_settings(given), Argument("address", given["address"]).address()
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    address = Argument("address", given["address"]).address()
+    from preread.wire import translate
+
     request = health_pb2.HealthCheckRequest(service=given["service"])
-    with flags.client_settings(given).channel(grpc, address) as channel:
+    with settings.channel(grpc, address) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=given["timeout_seconds"])
         except grpc.RpcError as exc:
             if exc.code() is not grpc.StatusCode.NOT_FOUND:
-                raise
+                raise translate(exc, address) from exc
             message = f"--service is {given['service']!r}, which {address} does not have; expected live, or encoder"
             raise CommandFailed(f"{message}, of a reranking server that has one") from None
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-        raise CommandFailed(f"{address} answers {status}", UNAVAILABLE)
-    click.echo(f"{address} is {given['service'] or 'ready'}")
+        message = f"the server at {address} says: {given['service'] or 'it'} is not ready ({status})"
+        raise CommandFailed(message, UNAVAILABLE)
+    click.echo(f"{address} is ready" + (f" ({given['service']})" if given["service"] else ""))

@@ -108,7 +108,8 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
         "top_n": (DEFAULT_TOP_N if query is not None else 0) if given["top_n"] is None else given["top_n"],
         "return_text": query is not None,
     }
-    with preread.Client(given["address"], options=flags.client_settings(given)) as client:
+    settings = flags.client_settings(given)
+    with preread.Client(given["address"], options=settings) as client:
         limits = {info.name: info.max_candidates for info in client.list_models()}
         max_candidates = limits.get(given["model_name"]) or next(
             iter(limits.values())

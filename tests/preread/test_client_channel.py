@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import grpc
@@ -13,13 +18,30 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from preread import AsyncClient, Client, ClientOptions, Overloaded, RetryPolicy, TlsFiles, Unavailable
+from preread import (
+    AsyncClient,
+    Client,
+    ClientOptions,
+    DeadlineExceeded,
+    Overloaded,
+    PrereadError,
+    RetryPolicy,
+    TlsFiles,
+    Unavailable,
+)
+
+ONCE = RetryPolicy(max_attempts=1)
+# Of the words in which gRPC, OpenSSL and the system say it.
+INTERNALS = ("backends", "last error", "ipv4", "HTTP/2", "SSL_", "TSI_", "recvmsg", "Socket", "Deadline Ex", "UNKNOWN")
 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A self-signed certificate of 127.0.0.1 and its key, as PEM files."""
-    directory = tmp_path_factory.mktemp("tls")
+    return make_certificate(tmp_path_factory.mktemp("tls"), "127.0.0.1")
+
+
+def make_certificate(directory: Path, address: str) -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "preread test")])
     now = datetime.datetime.now(datetime.UTC)
@@ -31,7 +53,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -56,9 +78,95 @@ async def test_tls_from_files(scripted_with, certificate: tuple[Path, Path], mut
         assert len(client.rerank("q", ["a"])) == 1
     async with AsyncClient(running.address, options=ClientOptions(tls=TlsFiles(cert, *own))) as other:
         assert len(await other.rerank("q", ["a"])) == 1
-    once = RetryPolicy(max_attempts=1)
-    with Client(running.address, options=ClientOptions(retry=once)) as plain, pytest.raises(Unavailable):
+    with Client(running.address, options=ClientOptions(retry=ONCE)) as plain, pytest.raises(Unavailable):
         plain.rerank("q", ["a"])
+
+
+async def failures(address: str, tls: TlsFiles | None = None, seconds: float = 30.0) -> list[PrereadError]:
+    """How a call of either client fails there."""
+    options = ClientOptions(retry=ONCE, tls=tls, timeout_seconds=seconds)
+    with Client(address, options=options) as client, pytest.raises(PrereadError) as one:
+        client.list_models()
+    async with AsyncClient(address, options=options) as other:
+        with pytest.raises(PrereadError) as two:
+            await other.list_models()
+    return [one.value, two.value]
+
+
+def expect(errors: list[PrereadError], address: str, reason: str, words: str) -> None:
+    for error in errors:
+        assert (error.reason, error.address) == (reason, address)
+        assert str(error) == f"the server at {address} {words}"
+        assert not any(word in str(error) for word in INTERNALS)
+
+
+@contextmanager
+def listening(*, serves: bool) -> Iterator[str]:
+    """Address of a web server, or of a socket that takes connections and never answers."""
+    if not serves:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            yield f"127.0.0.1:{silent.getsockname()[1]}"
+        return
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{web.server_port}"
+        web.shutdown()
+
+
+async def test_where_no_server_answers_the_error_says_what_was_seen() -> None:
+    unreached = "could not be reached: "
+    expect(await failures("127.0.0.1:1"), "127.0.0.1:1", "UNREACHABLE", unreached + "nothing listens there")
+    nowhere = "no-such.invalid:50051"
+    expect(await failures(nowhere), nowhere, "UNREACHABLE", unreached + "its name has no address")
+    with listening(serves=True) as web:
+        expect(await failures(web), web, "NOT_GRPC", unreached + "what listens there does not speak gRPC")
+    with listening(serves=False) as silent:
+        late = await failures(silent, seconds=0.2)
+        expect(late, silent, "NO_ANSWER", "did not answer within the time limit")
+    assert {type(error) for error in late} == {DeadlineExceeded}
+
+
+async def test_tls_on_one_side_alone_or_of_strangers_is_said(scripted, scripted_with, certificate, tmp_path) -> None:
+    (cert, key), (others, others_key) = certificate, make_certificate(tmp_path, "127.0.0.9")
+    secure = scripted_with(grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())]))
+    renamed = scripted_with(grpc.ssl_server_credentials([(others_key.read_bytes(), others.read_bytes())]))
+    (tmp_path / "no.pem").write_text("no certificate")
+    for address, tls, reason, words in (
+        (scripted.address, TlsFiles(cert), "NOT_TLS", "what listens there does not use TLS"),
+        (secure.address, None, "CLOSED", "what listens there closes the connection"),
+        (secure.address, TlsFiles(), "UNTRUSTED", "no authority that is trusted here signed its certificate"),
+        (renamed.address, TlsFiles(others), "TLS", "its certificate is for another name"),
+        (
+            secure.address,
+            TlsFiles(tmp_path / "no.pem"),
+            "TLS",
+            "the PEM files given for TLS hold no certificate, or not its key",
+        ),
+    ):
+        expect(await failures(address, tls), address, reason, f"could not be reached: {words}")
+
+
+async def test_a_server_that_lacks_a_call_or_ends_during_one_is_named(scripted) -> None:
+    older = "does not know this call: it is older than this client, or a server of another kind"
+    expect(await failures(scripted.address), scripted.address, "UNKNOWN_CALL", older)
+
+    def ending(request, context):
+        scripted.server.stop(0).wait()
+
+    scripted.service.script = [ending]
+    with Client(scripted.address, options=ClientOptions(retry=ONCE)) as client, pytest.raises(Unavailable) as caught:
+        client.rerank("q", ["a"])
+    lost = "did not answer: the connection was lost"
+    expect([caught.value], scripted.address, "UNREACHABLE", lost)
+
+
+def test_the_words_of_a_server_stay_its_own(scripted, failing) -> None:
+    """Those of another server that it asked itself, too."""
+    message = "connections to all backends failing; last error: its worker is gone"
+    scripted.service.script = [failing(grpc.StatusCode.UNAVAILABLE, message)]
+    with Client(scripted.address, options=ClientOptions(retry=ONCE)) as client, pytest.raises(Unavailable) as caught:
+        client.rerank("q", ["a"])
+    assert (str(caught.value), caught.value.reason) == (f"{scripted.address}: {message}", "")
 
 
 def test_tls_files_go_together(tmp_path: Path) -> None:

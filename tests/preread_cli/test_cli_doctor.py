@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -83,7 +86,36 @@ def test_health_of_a_running_pair(server_pair) -> None:
     for address in (server_pair.address, server_pair.encoder_address):
         answer = CliRunner().invoke(cli, ["health", "--address", address])
         assert answer.exit_code == 0, answer.output
-    assert CliRunner().invoke(cli, ["health", "--address", "127.0.0.1:1"]).exit_code == 3
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        arguments = ["--address", f"127.0.0.1:{silent.getsockname()[1]}", "--timeout-seconds", "0.2"]
+        late = CliRunner().invoke(cli, ["health", *arguments])
+    assert late.exit_code == 3
+    assert "did not answer within the time limit; is `preread serve` running there" in late.stderr
+
+
+class Web(BaseHTTPRequestHandler):
+    """Any web server; standard error, where it would write, is the command's here."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_what_is_no_server_is_said_with_what_to_try(server_pair) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Web) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        for where, seen, advice in (
+            (["127.0.0.1:1"], "nothing listens there", "is `preread serve` running there?"),
+            ([f"127.0.0.1:{web.server_port}"], "does not speak gRPC", "--address takes the port of gRPC"),
+            ([server_pair.address, "--tls"], "does not use TLS", "leave out --tls"),
+        ):
+            for command in (["health"], ["rerank", "q", "-c", "docs"], ["warm", "-c", "docs"]):
+                answer = CliRunner().invoke(cli, [*command, "--address", *where])
+                assert answer.exit_code == 3
+                assert answer.stderr.startswith(f"preread: error: the server at {where[0]} could not be reached: ")
+                assert seen in answer.stderr
+                assert advice in answer.stderr
+                assert len(answer.stderr.splitlines()) == 1
+        web.shutdown()
 
 
 @pytest.mark.parametrize("name", ["server", "worker"])
@@ -113,3 +145,7 @@ def test_a_proxy_in_the_environment(server_pair, monkeypatch: pytest.MonkeyPatch
     assert (states["worker"], states["proxy"], answer.exit_code) == ("fail", "warn", 1)
     assert answer.output.count("http_proxy") == 2
     assert "secret" not in answer.output
+
+    health = CliRunner().invoke(cli, ["health", "--address", "worker.invalid:50052"])
+    assert "http_proxy is set, so it is called through that proxy" in health.output
+    assert "secret" not in health.output

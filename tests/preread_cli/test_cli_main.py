@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 
 import click
-import grpc
 import pytest
 from click.testing import CliRunner
 
 from cache.errors import CollectionNotFound, StoreDamaged, StoreUnavailable
 from checkpoint import CheckpointError
 from preread import InvalidRequest, Overloaded, Unavailable
-from preread_cli.failures import CommandFailed
 from preread_cli.main import cli
 
 ROOT = Path(__file__).parents[2]
@@ -78,15 +76,6 @@ def test_an_error_is_one_line_with_its_exit_code(
 def test_debug_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREREAD_DEBUG", "1")
     assert "Traceback" in CliRunner().invoke(cli, ["stats", "--store", "nonsense"]).stderr
-
-
-def test_a_bare_grpc_error_has_its_code_in_the_line() -> None:
-    with grpc.insecure_channel("127.0.0.1:1") as channel, pytest.raises(grpc.RpcError) as caught:
-        channel.unary_unary("/nobody")(b"", timeout=5)
-
-    failed = CommandFailed.of(caught.value, debug=False)
-    assert failed.exit_code == 3
-    assert "UNAVAILABLE" in failed.message
 
 
 def test_a_checkpoint_is_described(tiny_checkpoint: Path) -> None:
