@@ -14,7 +14,7 @@ import ir_measures
 import pytest
 from click.testing import CliRunner
 
-from preread import Client
+from preread import Client, Passage
 from preread_cli.main import cli
 from tuning.trec import read_run
 
@@ -39,6 +39,31 @@ def test_a_whole_collection_is_ranked_as_the_client_ranks_it(rerank, client) -> 
     assert answer.exit_code == 0
     assert ids(answer) == [r.passage_id for r in client.rerank("blue sky", sorted(PASSAGES), collection=COLLECTION)]
     assert json.loads(answer.stdout)["summary"]["num_scored"] == 5
+
+
+def test_a_whole_collection_needs_no_store_here(rerank, client, tmp_path: Path, monkeypatch) -> None:
+    """Its ids are the server's: an empty directory stays empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREREAD_STORE", f"faiss:{tmp_path / 'other'}")
+    assert rerank("blue sky", "-c", COLLECTION).exit_code == 0
+    for name, said in (("no-such", "'no-such' does not exist"), (f"{COLLECTION}-empty", "is empty")):
+        if said == "is empty":
+            list(client.upsert([Passage("gone", "a text")], collection=name))
+            client.delete(["gone"], collection=name)
+        answer = rerank("blue sky", "-c", name)
+        assert answer.exit_code == 2
+        assert said in answer.stderr
+        assert "the server at 127.0.0.1:" in answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_collection_over_the_bound_is_left_to_a_first_stage(rerank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("preread_cli.commands.rerank.MAX_WHOLE_COLLECTION", 4)
+    answer = rerank("blue sky", "-c", COLLECTION)
+    assert answer.exit_code == 2
+    assert f"'{COLLECTION}' has 5 passages; without --ids or --run at most 4 are ranked" in answer.stderr
+    monkeypatch.setattr(Client, "list_collections", lambda self: ())  # one that cannot be described is not listed
+    assert "has more than 4 passages" in rerank("blue sky", "-c", COLLECTION).stderr
 
 
 def test_a_table_shows_rank_score_and_text(rerank) -> None:
@@ -179,7 +204,7 @@ def test_queries_as_json_in_and_json_out(rerank, tmp_path: Path) -> None:
         (["q"], "Name the --collection"),
         (["q", "-c", COLLECTION, "--ids", "a", "--candidates", "b"], "exclude one another"),
         (["q", "-c", COLLECTION, "--run", "a"], "--run goes with --queries"),
-        (["q", "-c", "no-such"], "'no-such' does not exist"),
+        (["q", "-c", "no-such"], "says: collection: 'no-such' does not exist"),
         (["q", "-c", "no-such", "--ids", "-"], "no-such"),
         (["q", "-c", COLLECTION, "--ids", "/no/such/file"], "/no/such/file: No such file"),
         (["q", "-c", COLLECTION, "--model-name", "other", "--ids", "-"], "model is 'other'"),

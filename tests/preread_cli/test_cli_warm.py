@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import grpc
 import pytest
 from click.testing import CliRunner
 
@@ -65,3 +67,15 @@ def test_nothing_to_warm_is_said(warm) -> None:
 
     assert answer.exit_code == 2
     assert "no ids, nothing to warm" in answer.stderr
+
+
+def test_a_server_that_cannot_list_passages_is_said_and_what_to_do() -> None:
+    older = grpc.server(ThreadPoolExecutor(1))  # without the call, as before it was there
+    address = f"127.0.0.1:{older.add_insecure_port('127.0.0.1:0')}"
+    older.start()
+    answer = CliRunner().invoke(cli, ["warm", "-c", "x", "--address", address])
+    older.stop(0).wait()
+
+    assert answer.exit_code == 2
+    assert f"the server at {address} cannot list passages: it is older than this command" in answer.stderr
+    assert "Name the passages with --ids" in answer.stderr
