@@ -110,4 +110,4 @@ def check(request: RerankRequest, limits: DecoderConfig) -> None:
         if candidate.passage_id is None:
             raise InvalidRequest(("candidates", i), "empty", "a passage_id, a text, or both")
         if request.collection is None:
-            raise InvalidRequest("collection", "", f"the collection of candidates[{i}], which has an id and no text")
+            raise InvalidRequest("collection", "", f"one: the candidate at index {i} has an id and no text")

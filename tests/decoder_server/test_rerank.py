@@ -165,7 +165,7 @@ async def test_on_miss_fail_refuses_the_whole_request(serve, refused, detail) ->
         ({"compression_ratio": 6}, "compression_ratio", "multiple of 4"),
         ({"compression_ratio": -4}, "compression_ratio", "-4"),
         ({"instruction": "many words " * 60}, "instruction", "at most 100 tokens"),
-        ({"collection": ""}, "collection", "candidates[0]"),
+        ({"collection": ""}, "collection", "candidate at index 0"),
         ({"candidates": [rerank_pb2.Candidate()]}, "candidates[0]", "passage_id"),
     ],
 )

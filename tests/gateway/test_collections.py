@@ -112,6 +112,17 @@ def test_a_missing_id_is_skipped_encoded_or_fatal(running, passages):
     running.refused(404, documents=some, collection="no-such-collection")
 
 
+def test_what_befalls_an_id_is_said_of_the_field_that_has_it(running, passages):
+    upload(running, "named", passages)
+    ids = {"documents": None, "passage_ids": ["d0", "nobody"], "collection": "named"}
+    answer = running.ask(**ids, on_miss="skip")
+    assert [line.split(" was ")[0] for line in answer["meta"]["warnings"]] == ["passage_ids[1]"]
+    for path in ("/v1/rerank", "/tei/rerank"):
+        assert "passage_ids[1]" in json.dumps(running.refused(400, path, **ids, on_miss="fail"))
+    texts_too = running.ask(**ids | {"documents": ["a text", None]})
+    assert [line.split(" was ")[0] for line in texts_too["meta"]["warnings"]] == ["documents[1]"]
+
+
 def test_a_bad_passage_is_refused_by_itself(running, passages):
     mixed = [*passages, {"id": "empty", "text": ""}]
     answer = upload(running, "mixed", mixed)

@@ -74,6 +74,10 @@ def test_a_misspelled_field_is_refused_in_the_shape_of_tei(running, query, docum
         ({"on_miss": "cry"}, "on_miss"),
         ({"compression_ratio": -4}, "compression_ratio"),
         ({"passage_ids": ["a"]}, "passage_ids"),
+        ({"documents": None, "passage_ids": []}, "passage_ids"),
+        ({"documents": None, "passage_ids": ["a"] * 1001, "collection": "c"}, "passage_ids"),
+        ({"documents": None, "passage_ids": ["a", ""], "collection": "c"}, "passage_ids[1]"),
+        ({"documents": None, "passage_ids": ["a"]}, "collection"),
     ],
 )
 def test_validation_is_400_and_names_the_field(running, fields, param):

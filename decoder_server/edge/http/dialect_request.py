@@ -113,6 +113,8 @@ class RerankBody(Struct, kw_only=True):
         **settings: Any,  # of DialectRequest
     ) -> DialectRequest:
         """The request for the engine."""
+        if self.documents is None and self.passage_ids is not None:
+            field = "passage_ids"
         top = self.top_n if top_k is None else top_k
         request = values.RerankRequest(
             query=str(self.query),
@@ -149,6 +151,8 @@ class RerankBody(Struct, kw_only=True):
             text, own_id = (item.text, item.id) if isinstance(item, _DocumentObject) else (item, None)
             passage_id = (ids[i] if ids else "") or own_id or ""
             if text is None and not passage_id:
+                if self.documents is None:
+                    raise InvalidRequest((field, i), "", "the id of a passage")
                 expected = "a string, or an object with text, id or both"
                 raise InvalidRequest((field, i), "an object without text", expected)
             problem = ""
