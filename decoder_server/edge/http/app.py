@@ -97,6 +97,8 @@ def _scopes_of(method: str, path: str) -> tuple[access.Scope, ...]:
     for prefix in dialects.PREFIXES:
         path = path.removeprefix(prefix)
     if method in ("GET", "HEAD"):
+        if re.fullmatch("/v1/collections/[^/]+/passages", path):  # ids, as over gRPC; an index key reads counts
+            return (access.Scope.RERANK,)
         return () if path in _OPEN else (access.Scope.RERANK, access.Scope.INDEX)
     if method == "POST" and path.startswith("/v1/collections/"):
         return (access.Scope.INDEX,)
