@@ -207,20 +207,17 @@ def ending(call: Any, address: str, upload: Upload | None = None) -> Iterator[No
 # What gRPC itself says where no server has: while it connects, and about a call that it ends. The first match counts.
 _CONNECTING = re.compile("connections to all backends failing|failed to connect to all addresses|errors resolving|DNS ")
 _ENDING = re.compile("Stream removed|Socket closed|Cancelling all|recvmsg|sendmsg|[Kk]eepalive|[Pp]ing timeout|GOAWAY")
-_CONNECT_FAILURES = tuple(
-    (re.compile(pattern), reason, message)
-    for pattern, reason, message in (
-        ("errors resolving|DNS resolution", "UNREACHABLE", "its name has no address"),
-        ("Connection refused", "UNREACHABLE", "nothing listens there"),
-        ("Failed parsing HTTP/2", "NOT_GRPC", "what listens there does not speak gRPC"),
-        ("WRONG_VERSION_NUMBER", "NOT_TLS", "what listens there does not use TLS"),
-        ("certificate has expired", "TLS", "its certificate has expired"),
-        ("CERTIFICATE_VERIFY_FAILED", "UNTRUSTED", "no authority that is trusted here signed its certificate"),
-        ("Hostname Verification", "TLS", "its certificate is for another name"),
-        ("security handshaker", "TLS", "the PEM files given for TLS hold no certificate, or not its key"),
-        ("Socket closed|recvmsg|Connection reset|EOF", "CLOSED", "what listens there closes the connection"),
-        ("", "UNREACHABLE", "no connection came about"),
-    )
+_CONNECT_FAILURES = (
+    ("errors resolving|DNS resolution", "UNREACHABLE", "its name has no address"),
+    ("Connection refused", "UNREACHABLE", "nothing listens there"),
+    ("Failed parsing HTTP/2", "NOT_GRPC", "what listens there does not speak gRPC"),
+    ("WRONG_VERSION_NUMBER", "NOT_TLS", "what listens there does not use TLS"),
+    ("certificate has expired", "TLS", "its certificate has expired"),
+    ("CERTIFICATE_VERIFY_FAILED", "UNTRUSTED", "no authority that is trusted here signed its certificate"),
+    ("Hostname Verification", "TLS", "its certificate is for another name"),
+    ("security handshaker", "TLS", "the PEM files given for TLS hold no certificate, or not its key"),
+    ("Socket closed|recvmsg|Connection reset|EOF", "CLOSED", "what listens there closes the connection"),
+    ("", "UNREACHABLE", "no connection was made"),
 )
 
 
@@ -228,13 +225,13 @@ def translate(error: grpc.RpcError, address: str) -> PrereadError:
     """The typed form of a failed call. Where no server answered it says why in words that are not gRPC's."""
     call: Any = error  # grpc's stubs declare nothing of what its sync and async errors have in common
     code = call.code() or grpc.StatusCode.UNKNOWN
-    message, trailers = call.details() or code.name, call.trailing_metadata() or ()
+    message = call.details() or code.name
     details = {"code": code.name, "address": address}
-    if unanswered := None if trailers else _unanswered(code, message):
-        details["reason"], message = unanswered[0], f"the server at {address} {unanswered[1]}"
+    if found := unanswered(error):
+        details["reason"], message = found[0], f"the server at {address} {found[1]}"
     elif code is grpc.StatusCode.UNAVAILABLE:
         message = f"{address}: {message}"
-    for key, value in trailers:
+    for key, value in call.trailing_metadata() or ():
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             with suppress(DecodeError):  # some proxy's own; the status code has to do
                 for item in status_pb2.Status.FromString(value).details:
@@ -242,14 +239,18 @@ def translate(error: grpc.RpcError, address: str) -> PrereadError:
     return PrereadError.by_status.get(code.name, ServerError).received(message, **details)
 
 
-def _unanswered(code: grpc.StatusCode, message: str) -> tuple[str, str] | None:
-    """The reason, a constant, and what the server did not do; None: the message is its own."""
+def unanswered(error: grpc.RpcError) -> tuple[str, str] | None:
+    """The reason, a constant, and what the server did not do; None: the error's message is the server's own."""
+    call: Any = error
+    code, message = call.code(), call.details() or ""
+    if call.trailing_metadata():
+        return None
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and message == "Deadline Exceeded":
         return "NO_ANSWER", "did not answer within the time limit"
     if code is grpc.StatusCode.UNAVAILABLE and _CONNECTING.match(message):
-        found = ((reason, said) for pattern, reason, said in _CONNECT_FAILURES if pattern.search(message))
-        reason, said = next(found)
-        return reason, f"could not be reached: {said}"
+        found = ((reason, seen) for pattern, reason, seen in _CONNECT_FAILURES if re.search(pattern, message))
+        reason, seen = next(found)
+        return reason, f"could not be reached: {seen}"
     if code is grpc.StatusCode.UNAVAILABLE and _ENDING.match(message):
         return "UNREACHABLE", "did not answer: the connection was lost"
     if message.startswith("Received http2 header"):

@@ -30,8 +30,6 @@ _ADVICE = {
     "NOT_TLS": "; leave out --tls and the --tls-... files",
     "CLOSED": "; it may expect TLS (--tls, --tls-ca-file) or a client's certificate (--tls-cert-file)",
     "UNTRUSTED": "; name its certificate, or its authority's, with --tls-ca-file",
-    "TLS": "",
-    "UNKNOWN_CALL": "",
 }
 
 
@@ -68,10 +66,10 @@ def _told(error: PrereadError, text: str) -> str:
     """The line for a failed call: which server said so, or what to try where none answered."""
     if not error.address:  # raised here
         return text
-    if error.reason not in _ADVICE:
+    if not text.startswith(f"the server at {error.address} "):
         return f"the server at {error.address} says: {text.removeprefix(f'{error.address}: ')}"
     from preread.channel import proxy_variable
 
     proxy = proxy_variable(error.address)
     through = f" ({proxy} is set, so it is called through that proxy; no_proxy exempts hosts)" if proxy else ""
-    return f"{text}{through}{_ADVICE[error.reason]}"
+    return f"{text}{through}{_ADVICE.get(error.reason, '')}"

@@ -19,6 +19,7 @@ from checkpoint import EncoderIdentity
 from preread.channel import ClientOptions
 from preread.errors import Unavailable
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
+from preread.wire import unanswered
 from preread_edge.logs import current
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ class EncoderClient:
             if code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):  # the text of a bug goes to the log alone
                 log.error("the encoder worker failed: %s: %s", code.name, details)
                 details = "its log has the cause"
-            raise self._error(f"{code.name}: {details}") from exc
+            found = unanswered(exc)
+            raise self._error(found[1] if found else f"{code.name}: {details}") from exc
 
     def _check_encoder(self, fingerprint: str, dim: int, error: type[Exception]) -> None:
         read = self._identity
