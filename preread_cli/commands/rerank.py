@@ -30,7 +30,7 @@ from preread.values import (
     parse_stages,
 )
 from preread_cli import flags
-from preread_cli.failures import BAD_ITEMS, CommandFailed
+from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
 from preread_cli.flags import option
 from preread_cli.passages import passage_ids
 from preread_cli.terminal import print_json, print_some, progress_bar
@@ -111,9 +111,10 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
     settings = flags.client_settings(given)
     with preread.Client(given["address"], options=settings) as client:
         limits = {info.name: info.max_candidates for info in client.list_models()}
-        max_candidates = limits.get(given["model_name"]) or next(
-            iter(limits.values())
-        )  # the server rejects unknown names
+        if not limits:
+            raise CommandFailed(f"the server at {given['address']} is still loading its models", UNAVAILABLE)
+        # the server rejects unknown names
+        max_candidates = limits.get(given["model_name"]) or next(iter(limits.values()))
         score = partial(_rerank_in_parts, client, max_candidates=max_candidates, options=options)
         if query is None:
             num_bad = _many_queries(client, score, given)

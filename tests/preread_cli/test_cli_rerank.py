@@ -6,15 +6,18 @@ import gzip
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import grpc
 import ir_measures
 import pytest
 from click.testing import CliRunner
 
 from preread import Client, Passage
+from preread.v1 import rerank_pb2, rerank_pb2_grpc
 from preread_cli.main import cli
 from tuning.trec import read_run
 
@@ -258,6 +261,24 @@ def test_no_server_is_3_and_says_what_to_start() -> None:
 
     assert answer.exit_code == 3
     assert "is `preread serve` running there?" in answer.stderr
+
+
+class Loading(rerank_pb2_grpc.RerankServiceServicer):
+    """A server before its models have loaded, which serves none yet."""
+
+    def ListModels(self, request, context):  # noqa: N802
+        return rerank_pb2.ListModelsResponse()
+
+
+def test_a_server_that_is_still_loading_is_3_and_said() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    rerank_pb2_grpc.add_RerankServiceServicer_to_server(Loading(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    answer = CliRunner().invoke(cli, ["rerank", "q", "-c", "x", "--address", address])
+    server.stop(0).wait()
+    assert answer.exit_code == 3
+    assert f"the server at {address} is still loading its models" in answer.stderr
 
 
 def test_equal_scores_are_written_in_our_order_for_every_evaluator(rerank, client, tmp_path: Path) -> None:
