@@ -23,8 +23,9 @@ def passage_ids(client: preread.Client, given: Mapping[str, Any], max_listed: in
     except preread.PrereadError as exc:
         if exc.code != "UNIMPLEMENTED":
             raise
-        older = f"the server at {exc.address} cannot list passages: it is older than this command"
-        raise CommandFailed(f"{older}. Name the passages with --ids") from exc
+        cause = "it is older than this command, or no reranking server"
+        message = f"the server at {exc.address} cannot list passages: {cause}. Name the passages with --ids"
+        raise CommandFailed(message) from exc
     if not ids:
         raise CommandFailed(f"collection {collection!r} of the server at {given['address']} is empty")
     if max_listed is not None and len(ids) > max_listed:
