@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import click
 
-from preread_cli.config_file import masked
+from preread_cli.config_file import masked, with_config
 from preread_cli.failures import CommandFailed
 from preread_cli.flags import option
 
@@ -41,7 +41,7 @@ _MODULES = {name: module for section in COMMANDS.values() for name, (module, _) 
 
 
 class _LazyGroup(click.Group):
-    """Imports a command when it is called, and turns every error into one line and an exit code."""
+    """Imports a command when it is called, gives it --config, and turns every error into one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_MODULES)
@@ -50,7 +50,7 @@ class _LazyGroup(click.Group):
         if cmd_name not in _MODULES:
             return None
         module = importlib.import_module(f"preread_cli.commands.{_MODULES[cmd_name]}")
-        return cast(click.Command, getattr(module, cmd_name.replace("-", "_")))
+        return with_config(cast(click.Command, getattr(module, cmd_name.replace("-", "_"))))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section, commands in COMMANDS.items():
@@ -73,7 +73,7 @@ class _LazyGroup(click.Group):
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="preread", prog_name="preread")
-@option("--debug", is_flag=True, help="Show where an error came from.")
+@option("--debug", is_flag=True, help="Show where an error came from, and every setting of a server at its start.")
 def cli(debug: bool) -> None:
     """Rerank with a model that has read your passages before the query comes.
 
@@ -86,7 +86,8 @@ def cli(debug: bool) -> None:
     and, while it runs, in another terminal:
       preread rerank "why is the sky blue" --collection docs
 
-    Every option can also be set in the environment: --store is PREREAD_STORE.
+    Every option can also be set in the environment: --store is PREREAD_STORE. Or in a file, which every
+    command takes with --config, or by PREREAD_CONFIG: store = "...", for one command below its name: [serve].
     `preread COMMAND --help` explains one command.
     """
 

@@ -16,7 +16,7 @@ from cache.errors import CacheError
 from decoder_server.config import DecoderConfig, ModelConfig
 from preread.arguments import Argument
 from preread_cli import flags
-from preread_cli.config_file import config_option, masked
+from preread_cli.config_file import masked
 from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, models_option, parse_models
@@ -30,7 +30,6 @@ _Finding = tuple[str, str, str]  # name, state, message; the state is ok, warn, 
 
 
 @click.command()
-@config_option
 @models_option
 @compute_options
 @flags.knob_options(ModelConfig, only=["max_passage_tokens", "encoder_address", "encoder_api_key"])

@@ -15,7 +15,6 @@ import click
 
 from encoder_worker.config import CollectionSettings, EncoderConfig, IndexOptions
 from preread_cli import flags
-from preread_cli.config_file import config_option
 from preread_cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED, UNAVAILABLE, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
@@ -33,7 +32,6 @@ FEW_TRAINING_STATES = 1000
 
 @click.command()
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
-@config_option
 @flags.collection(required=True, help="The set of passages to write; created if it does not exist.")
 @flags.store
 @model_option

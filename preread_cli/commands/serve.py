@@ -9,7 +9,6 @@ import click
 from decoder_server.config import DecoderConfig, HttpConfig, KvCacheConfig, ModelConfig
 from encoder_worker.config import EncoderConfig
 from preread_cli import flags
-from preread_cli.config_file import config_option
 from preread_cli.flags import option
 from preread_cli.models import model_option, models_option, parse_models
 
@@ -37,7 +36,6 @@ _process_options = flags.options_of(
 
 
 @click.command()
-@config_option
 @models_option
 @flags.knob_options(ModelConfig, only=_MODEL_FLAGS)
 @option("--no-encoder", is_flag=True, help="Answer from stored states only.")
@@ -75,7 +73,6 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
 
 
 @click.command()
-@config_option
 @model_option
 @flags.knob_options(EncoderConfig)
 @flags.knob_options(HttpConfig, only=["allowed_hosts"])  # of --metrics-port

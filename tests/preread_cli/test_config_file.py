@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from preread_cli.commands.serve import serve
-from preread_cli.config_file import effective_lines, masked
+from preread_cli.config_file import commands, effective_lines, masked
 from preread_cli.main import cli
+
+COMMANDS = dict(commands(cli, click.Context(cli)))
+serve = COMMANDS["serve"]
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         file.write_text(toml)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        parent = click.Context(cli, info_name="preread")
+        parent = cli.make_context("preread", ["--debug", "serve"])
         arguments = ["--config", str(file), *flags]
         context = serve.make_context("serve", arguments, parent=parent)
         return context.params, "\n".join(effective_lines(context))
@@ -40,6 +43,23 @@ def test_flag_over_environment_over_file_over_default(settings) -> None:
     assert "max-queue-requests=8" in shown["environment"]
     assert "log-level=error" in shown["file"]
     assert "host=127.0.0.1" in shown["defaults"]
+
+
+def test_defaults_are_listed_for_debugging_only(tmp_path: Path) -> None:
+    above = click.Context(cli, info_name="preread")
+    context = serve.make_context("serve", ["--model", "m", "--port", "7"], parent=above)
+    assert list(effective_lines(context)) == ["flags        model=m port=7"]
+
+
+def test_a_value_at_the_top_may_suit_one_command_only(tmp_path: Path) -> None:
+    """Several models are a server's: no other command takes one of them in silence, one without models runs."""
+    file = tmp_path / "preread.toml"
+    file.write_text(f'model = ["a", "b"]\nstore = "faiss:{tmp_path}"')
+    above = click.Context(cli, info_name="preread")
+    assert serve.make_context("serve", ["--config", str(file)], parent=above).params["models"] == ("a", "b")
+    assert CliRunner().invoke(cli, ["stats", "--config", str(file)]).exit_code == 0
+    answer = CliRunner().invoke(cli, ["evaluate", "--config", str(file)])
+    assert "model is a list; expected str" in " ".join(answer.output.split())
 
 
 def test_a_table_is_for_one_command_and_wins(settings) -> None:
@@ -60,11 +80,15 @@ def test_lists_and_switches(settings) -> None:
     [
         ("max-candidate = 5", "did you mean max-candidates?"),
         ("[serve]\nmax-unacknowledged-passages = 5", "serve.max-unacknowledged-passages is not a setting"),
-        ("[rerank]\nport = 5", "[rerank] is not a command with settings"),
+        ("[rerank]\nport = 5", "rerank.port is not a setting"),
+        ("[rerunk]\nport = 5", "[rerunk] is no table of a command; did you mean rerank?"),
+        ("[collection.drop]\nyes = true", '[collection] is no table of a command; did you mean ["collection drop"]?'),
+        ('["collection drop"]\nyess = true', "collection drop.yess is not a setting; did you mean yes?"),
+        ('store = "x"\n[stats]\nstore = 5', "stats.store is a int; expected str"),
         ('port = "5"', "port is a str; expected int"),
         ("port = true", "port is a bool; expected int"),
         ("no-encoder = 1", "no-encoder is a int; expected bool"),
-        ('api-key = "x"', "api-key is a str; expected list"),
+        ("api-key = 5", "api-key is a int; expected list or str"),
         ("config = 'x'", "config is not a setting"),
         ("port = ", "Invalid value"),
         ("port = 99999", "port"),
@@ -78,18 +102,24 @@ def test_what_is_wrong_is_named(tmp_path: Path, toml: str, message: str) -> None
     assert message in " ".join(answer.output.split())
 
 
-def test_every_flag_of_a_server_can_be_in_the_file(tmp_path: Path) -> None:
-    lines = []
-    for option in serve.params:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_takes_the_file_and_every_flag_in_it(name: str, tmp_path: Path) -> None:
+    command, lines = COMMANDS[name], []
+    assert "PREREAD_CONFIG" in {option.envvar for option in command.params if isinstance(option, click.Option)}
+    for option in command.params:
         if isinstance(option, click.Option) and option.name != "config":
             flag = next(one for one in option.opts if one.startswith("--")).removeprefix("--")
             number = isinstance(option.type, click.types.IntParamType | click.types.FloatParamType)
             value = "true" if option.is_flag else '["x"]' if option.multiple else "1" if number else '"x"'
             lines.append((option.name, f"{flag} = {value}"))
     (tmp_path / "preread.toml").write_text("\n".join(line for _, line in lines))
-    context = click.Context(serve, info_name="serve", parent=click.Context(cli, info_name="preread"))
-    with pytest.raises(click.UsageError, match="'x'"):  # every key is one, and then the values are read
-        serve.parse_args(context, ["--config", str(tmp_path / "preread.toml")])
+    above = click.Context(cli, info_name="preread")
+    *groups, own = name.split()
+    for one in groups:
+        above = click.Context(click.Group(one), info_name=one, parent=above)
+    context = click.Context(command, info_name=own, parent=above)
+    with suppress(click.UsageError):  # every key is one, and then the values are read
+        command.parse_args(context, ["--config", str(tmp_path / "preread.toml")])
     assert context.default_map is not None
     assert set(context.default_map) == {name for name, _ in lines}
 

@@ -12,8 +12,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from preread_cli.commands.evaluate import tune as command
-from preread_cli.commands.index import index
-from preread_cli.commands.serve import serve
 from preread_cli.failures import CommandFailed
 from preread_cli.main import cli
 
@@ -147,8 +145,9 @@ def test_what_is_chosen_configures_index_and_serve(
     for table, values in expected.items():
         assert values.items() <= document[table].items()
     assert document["model"] == str(tiny)
-    known = {"index": index, "serve": serve}
-    for name, one in known.items():
+    for name in ("index", "serve"):
+        one = cli.get_command(click.Context(cli), name)
+        assert one is not None
         needed = ["x.jsonl", "-c", "docs"] if name == "index" else []
         given = ["--config", str(tune.out / "preread.toml"), *needed]  # raises for what the command does not take
         found = one.make_context(name, given, parent=click.Context(cli, info_name="preread")).params
