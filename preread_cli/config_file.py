@@ -64,22 +64,6 @@ def commands(group: click.Group, ctx: click.Context, above: str = "") -> Iterato
             yield above + name, command
 
 
-def with_config(command: click.Command) -> click.Command:
-    """The command with --config, or a group whose commands have it."""
-    if isinstance(command, click.Group):
-        for one in command.commands.values():
-            with_config(one)
-    elif not any(one.name == "config" for one in command.params):
-        option("--config", metavar="FILE", type=FILE, is_eager=True, callback=_load, expose_value=False, help=_HELP)(
-            command
-        )
-        command.params.insert(0, command.params.pop())
-    return command
-
-
-_HELP = "Settings (TOML), keys named like the flags. Flags and environment win over it."
-
-
 def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
     """Everything in the file is checked; the settings of this command become its defaults."""
     if path is None or ctx.resilient_parsing:
@@ -93,6 +77,21 @@ def _load(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path
     except ValueError as exc:  # not TOML, not UTF-8, or not ours
         raise click.BadParameter(f"{path}: {exc}", ctx=ctx, param=param) from exc
     return path
+
+
+_HELP = "Settings (TOML), keys named like the flags. Flags and environment win over it."
+_option = option("--config", metavar="FILE", type=FILE, is_eager=True, callback=_load, expose_value=False, help=_HELP)
+
+
+def with_config(command: click.Command) -> click.Command:
+    """The command with --config, or a group whose commands have it."""
+    if isinstance(command, click.Group):
+        for one in command.commands.values():
+            with_config(one)
+    elif not any(one.name == "config" for one in command.params):
+        _option(command)  # which appends it
+        command.params.insert(0, command.params.pop())
+    return command
 
 
 def _name(ctx: click.Context) -> str:
