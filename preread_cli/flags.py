@@ -97,7 +97,10 @@ def from_options(config: type[C], options: Mapping[str, Any], **others: Any) -> 
 store = knob_options(ServerConfig, only=["store"])
 threads = option("--threads", type=COUNT, help="Processor threads.  [default: torch's, within a container's quota]")
 collection = partial(option, "-c", "--collection", metavar="NAME")
-as_json = option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+yes = option("--yes", is_flag=True, help="Do not ask.")  # terminal.confirm does
+# Of every command that prints a result.
+as_json = option("--json", "as_json", is_flag=True, help="Print one JSON document instead, and nothing else.")
+json_file = option("--json-file", type=OUTPUT, help="Write everything to this file too, as JSON.")
 pairs = option("--pairs", type=FILE, help="JSON lines: query, passage, maybe instruction.  [default: 100 built in]")
 client = options_of(
     option("--address", metavar="HOST:PORT", default="127.0.0.1:50051", help="Address of the server."),

@@ -1,12 +1,16 @@
 """Output for people in a terminal: sizes, the first of many lines, a bar while something runs."""
 
 import json
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import click
+
+from preread_cli.failures import CommandFailed
 
 LINE_SECONDS = 10.0
 
@@ -36,9 +40,25 @@ def progress_bar(label: str, *, shows_time_left: bool = True) -> Iterator[Callab
         yield update
 
 
+def confirm(question: str, *, yes: bool) -> None:
+    """Asks on standard error unless `yes`, the command's --yes. CommandFailed: without a terminal; Abort: no."""
+    if not yes:
+        if not sys.stdin.isatty():
+            raise CommandFailed(f"{question} --yes is needed without a terminal")
+        click.confirm(question, abort=True, err=True)  # noqa: TID251 - here it is asked
+
+
 def print_json(value: object) -> None:
     """For machines."""
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def print_result(values: Mapping[str, Any], line: str, *, as_json: bool) -> None:
+    """What a command did: for machines, or in a line for people."""
+    if as_json:
+        print_json(values)
+    else:
+        click.echo(line)
 
 
 def print_some(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,7 @@ def _facts(opened: Checkpoint) -> dict[str, Any]:
 @flags.pairs
 @option("--parity", "formats", type=_FORMATS, default="both", help="Number formats; float32 needs 4 bytes a parameter.")
 @flags.threads
+@flags.as_json
 @click.pass_context
 def convert_ctxl(ctx: click.Context, /, source: str, target: Path, formats: str, **options: Any) -> None:
     """Convert a ctxl reranker to a classifier.
@@ -131,29 +133,33 @@ def convert_ctxl(ctx: click.Context, /, source: str, target: Path, formats: str,
     from tuning.progress import TerminalProgress, counted
 
     tune_process(options["threads"])
+    say = partial(click.echo, err=options["as_json"])
     compared, opened = PairSet.read(options["pairs"]), CausalSource.open(source)
-    click.echo(f"source       {opened.name}, {opened.architecture} to {opened.target}")
-    click.echo(f"score        row 0 of {opened.head}{' (tied)' if opened.tied else ''}")
-    click.echo(f"padding      left, with {opened.pad_token!r} ({opened.pad_token_id})")
+    say(f"source       {opened.name}, {opened.architecture} to {opened.target}")
+    say(f"score        row 0 of {opened.head}{' (tied)' if opened.tied else ''}")
+    say(f"padding      left, with {opened.pad_token!r} ({opened.pad_token_id})")
     dtypes = ("float32", "bfloat16") if formats == "both" else (formats,)
     with staged(target) as folder:
         with TerminalProgress() as progress:
             with counted(progress, "convert", len(opened.sizes)) as advance:
                 opened.convert(folder, advance)
             rows = parity(opened, folder, compared, dtypes, progress)
-        click.echo(f"parity       {rows[0].num_pairs} pairs ({compared.name}), the original against the conversion:")
+        say(f"parity       {rows[0].num_pairs} pairs ({compared.name}), the original against the conversion:")
         for row in rows:
-            click.echo(
+            say(
                 f"  {row.dtype:<10} {'pass' if row.passed else 'FAIL'}  max |delta| {row.max_delta:.2e}, allowed "
                 f"{row.allowed_delta:.2e}; Kendall tau {row.tau:.4f}, rank agreement {row.rank_agreement:.0%}"
             )
-        if not all(row.passed for row in rows):
-            click.echo(f"FAILED: the scores differ by more than rounding; {target} was not made", err=True)
-            ctx.exit(BAD_ITEMS)  # raises, and so the folder goes
         parities = [asdict(row) for row in rows]
         record = {"source": source, "head": opened.head, "pairs": compared.name, "parity": parities}
+        is_same = all(row.passed for row in rows)
+        if options["as_json"]:
+            print_json({"target": str(target) if is_same else None} | record)
+        if not is_same:
+            click.echo(f"FAILED: the scores differ by more than rounding; {target} was not made", err=True)
+            ctx.exit(BAD_ITEMS)  # raises, and so the folder goes
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         (folder / "conversion.json").write_text(text, encoding="utf-8")
-    click.echo(f"converted    {target}")
+    say(f"converted    {target}")
     if opened.files.profile.license:
-        click.echo(f"licence      {opened.files.profile.license}, as the source's")
+        say(f"licence      {opened.files.profile.license}, as the source's")

@@ -15,8 +15,8 @@ from preread_cli.config_file import masked
 from preread_cli.failures import BAD_ITEMS, INTERRUPTED, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
-from preread_cli.terminal import print_json, print_some, progress_bar
-from preread_edge.outputs import human_bytes, open_output
+from preread_cli.terminal import confirm, print_json, print_result, print_some, progress_bar
+from preread_edge.outputs import human_bytes, is_stdout, open_output
 
 if TYPE_CHECKING:
     from cache.store import Store
@@ -26,6 +26,9 @@ _COUNTS = ("num_passages", "num_tokens", "num_states", "num_truncated", "num_cli
 _SETTINGS = (
     "compression_ratio", "codec", "dim", "stores_text", "checkpoint", "fingerprint", "max_passage_tokens",
     "passage_template", "created_at",
+)  # fmt: skip
+_REENCODED = (
+    "num_passages", "num_from_texts", "needs_input", "damaged", "moved_names", "overtaken", "complete",
 )  # fmt: skip
 
 
@@ -211,8 +214,9 @@ def collection() -> None:
 @click.argument("alias")
 @click.argument("collection", required=False)
 @option("--remove", is_flag=True, help="Remove the alias instead; the collection stays.")
+@flags.as_json
 @flags.store
-def _alias(alias: str, collection: str | None, remove: bool, store: str) -> None:
+def _alias(alias: str, collection: str | None, remove: bool, as_json: bool, store: str) -> None:
     """Make ALIAS another name of COLLECTION, in one step for every reader."""
     if remove == (collection is not None):
         raise click.UsageError("Give ALIAS and COLLECTION, or ALIAS and --remove.")
@@ -220,17 +224,19 @@ def _alias(alias: str, collection: str | None, remove: bool, store: str) -> None
         if collection is None:
             if not opened.remove_alias(alias):
                 raise CommandFailed(f"alias: {alias!r} does not exist")
-            click.echo(f"{alias} is no alias any more")
+            said = f"{alias} is no alias any more"
         else:
             before = opened.aliases().get(alias)
             opened.set_alias(alias, collection)
-            click.echo(f"{alias} -> {collection}" + (f" (was {before})" if before not in (None, collection) else ""))
+            said = f"{alias} -> {collection}" + (f" (was {before})" if before not in (None, collection) else "")
+    print_result({"alias": alias, "collection": collection}, said, as_json=as_json)
 
 
 @collection.command("compact")
 @click.argument("collection")
+@flags.as_json
 @flags.store
-def _compact(collection: str, store: str) -> None:
+def _compact(collection: str, as_json: bool, store: str) -> None:
     """Free the space of deleted and replaced passages.
 
     For embedded stores (faiss:); Redis frees it at once.
@@ -243,7 +249,7 @@ def _compact(collection: str, store: str) -> None:
             nothing = "nothing to compact; only faiss: stores keep deleted passages on disk"
             raise CommandFailed(f"{masked(store, 'store')}: {nothing}")
         opened.compact(name)
-        click.echo(f"{name} is compact")
+    print_result({"collection": name}, f"{name} is compact", as_json=as_json)
 
 
 @collection.command("reencode")
@@ -254,6 +260,7 @@ def _compact(collection: str, store: str) -> None:
 @option("--missing", metavar="FILE", help="Write ids that need their input again to this file; - is standard output.")
 @model_option
 @compute_options
+@flags.as_json
 @flags.store
 @click.pass_context
 def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
@@ -272,6 +279,8 @@ def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
     from encoder_worker.reencoding import reencode
     from preread_cli.commands.index import stopping
 
+    if options["as_json"] and options["missing"] and is_stdout(options["missing"]):
+        raise click.UsageError("--missing - and --json both print to standard output: give one of them.")
     with _opened(options["store"]) as opened, ExitStack() as stack:
         source = Collection.open(opened, collection)
         codec = options["codec"] or source.manifest.codec
@@ -292,7 +301,11 @@ def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
         )
         if missing is not None:
             missing.writelines(f"{passage_id}\n" for passage_id in done.needs_input)
-    _print_reencoded(done, codec)
+    if options["as_json"]:
+        shown = {name: getattr(done, name) for name in _REENCODED} | {"report": done.report.summary()}
+        print_json({"collection": done.source.name, "into": done.target.name, "codec": codec} | shown)
+    else:
+        _print_reencoded(done, codec)
     if done.report.interrupted:
         ctx.exit(INTERRUPTED)
     if done.needs_input or done.damaged or done.overtaken or done.report.num_refused:
@@ -323,14 +336,15 @@ def _print_reencoded(done: Reencoding, codec: str) -> None:
 
 @collection.command("drop")
 @click.argument("collection")
-@option("--yes", is_flag=True, help="Do not ask.")
+@flags.yes
+@flags.as_json
 @flags.store
-def _drop(collection: str, yes: bool, store: str) -> None:
+def _drop(collection: str, yes: bool, as_json: bool, store: str) -> None:
     """Delete COLLECTION and its passages. Refused while an alias points at it."""
     with _opened(store) as opened:
         num_passages = opened.stats(collection).num_passages
-        if not yes:
-            whole = f"{collection} with {num_passages:,} passages from {masked(store, 'store')}"
-            click.confirm(f"Delete {whole}?", abort=True)
+        whole = f"{collection} with {num_passages:,} passages from {masked(store, 'store')}"
+        confirm(f"Delete {whole}?", yes=yes)
         opened.drop_collection(collection)
-        click.echo(f"{collection} is gone ({num_passages:,} passages)")
+    gone = f"{collection} is gone ({num_passages:,} passages)"
+    print_result({"collection": collection, "num_passages": num_passages}, gone, as_json=as_json)

@@ -20,7 +20,7 @@ from preread_cli.config_file import masked
 from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, models_option, parse_models
-from preread_cli.terminal import print_json
+from preread_cli.terminal import print_json, print_result
 
 if TYPE_CHECKING:
     from checkpoint import EncoderIdentity
@@ -218,6 +218,7 @@ def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity 
 @click.command()
 @option("--timeout-seconds", type=flags.SECONDS, default=5.0, help="Time to wait for the answer.")
 @option("--service", metavar="NAME", default="", help="Instead of readiness: live, or a reranking server's encoder.")
+@flags.as_json
 @flags.client
 def health(**given: Any) -> None:
     """Ask a server, of either kind, whether it is ready.
@@ -239,8 +240,12 @@ def health(**given: Any) -> None:
                 raise translate(exc, address) from exc
             message = f"--service is {given['service']!r}, which {address} does not have; expected live, or encoder"
             raise CommandFailed(f"{message}, of a reranking server that has one") from None
-    if answer.status != health_pb2.HealthCheckResponse.SERVING:
-        status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    is_ready = answer.status == health_pb2.HealthCheckResponse.SERVING
+    if is_ready or given["as_json"]:
+        values = {"address": address, "service": given["service"], "status": status}
+        line = f"{address} is ready" + (f" ({given['service']})" if given["service"] else "")
+        print_result(values, line, as_json=given["as_json"])
+    if not is_ready:
         message = f"the server at {address} says: {given['service'] or 'it'} is not ready ({status})"
         raise CommandFailed(message, UNAVAILABLE)
-    click.echo(f"{address} is ready" + (f" ({given['service']})" if given["service"] else ""))

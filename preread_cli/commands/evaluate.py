@@ -33,8 +33,6 @@ def _folder(ctx: click.Context, param: click.Parameter, path: Path | None) -> Pa
 
 
 _INTO: dict[str, Any] = {"metavar": "DIR", "type": click.Path(file_okay=False, path_type=Path), "callback": _folder}
-_HELP = "Write everything to this file; - prints it instead of the table."
-_json_file_option = option("--json-file", "--json", "json_file", type=flags.OUTPUT, help=_HELP)
 
 
 def _judged_options(settings: type[MeasuringSettings]) -> Callable[[flags.F], flags.F]:
@@ -56,7 +54,8 @@ def _judged_options(settings: type[MeasuringSettings]) -> Callable[[flags.F], fl
 @click.command()
 @_judged_options(EvaluationSettings)
 @flags.collection(help="Read states from this indexed collection instead of encoding the passages.")
-@_json_file_option
+@flags.as_json
+@flags.json_file
 def evaluate(**options: Any) -> None:
     """Measure how well a checkpoint reranks a judged collection.
 
@@ -67,7 +66,7 @@ def evaluate(**options: Any) -> None:
     \b
     Examples:
       preread evaluate scifact/ --queries-split validation
-      preread evaluate scifact/ --teacher minilm --ratios 1,4,16 --json scifact.json
+      preread evaluate scifact/ --teacher minilm --ratios 1,4,16 --json-file scifact.json
       preread evaluate --corpus corpus.jsonl --queries queries.jsonl --qrels qrels.txt --run first-stage.run
       preread evaluate scifact/ --collection scifact --store redis://localhost
     """
@@ -77,7 +76,7 @@ def evaluate(**options: Any) -> None:
     json_file: Path | None = options["json_file"]
     with _inputs(options, json_file.parent if json_file is not None else None) as inputs:
         report = run(settings=settings, **inputs)
-    _print_report(report, json_file)
+    _print_report(report, options)
     if options["run_out"] is not None:
         report.write_runs(options["run_out"])
 
@@ -92,6 +91,7 @@ def evaluate(**options: Any) -> None:
 )
 @option("--work-dir", **_INTO, help="Keeps states and margins: a killed run resumes.  [default: work/ in --out]")
 @option("--all", "show_all", is_flag=True, help="Show every configuration in the terminal, not only the best.")
+@flags.as_json
 @click.pass_context
 def tune(ctx: click.Context, /, **options: Any) -> None:
     """Choose stored ratio, codec and read ratio by measuring them.
@@ -168,15 +168,19 @@ def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | Non
 
     choice = Choice.among(limits, report.rows) if limits.given else None
     summary = SweepSummary(report, limits, choice)
-    write_output(out / "tune.json", sweep_json(summary))
+    document, as_json = sweep_json(summary), options["as_json"]
+    write_output(out / "tune.json", document)
     write_page(out, summary)
-    print_sweep(summary, show_all=options["show_all"])
-    click.echo(f"Report: {out / 'report.html'}")
+    if as_json:
+        click.echo(document, nl=False)
+    else:
+        print_sweep(summary, show_all=options["show_all"])
+    click.echo(f"Report: {out / 'report.html'}", err=as_json)
     config = out / "preread.toml"
     if choice is not None and not choice.broken:
         text = config_toml(summary, choice.row, model, control_tokens=options["read_control_tokens"])
         write_output(config, text)
-        click.echo(f"Configuration: {config}, for preread index --config and preread serve --config")
+        click.echo(f"Configuration: {config}, for preread index --config and preread serve --config", err=as_json)
         return
     config.unlink(missing_ok=True)  # of an earlier run: it would not be this one's choice
     if choice is not None:
@@ -193,7 +197,8 @@ def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | Non
     help="Whose scores to expect: fp32, a plain float32 pass over the same weights; or another model.",
 )
 @flags.pairs
-@_json_file_option
+@flags.as_json
+@flags.json_file
 @option("--runtime", metavar="NAME", default="torch", help="Runtime of a cross-encoder, as in `preread serve`.")
 @option("--profile", metavar="NAME|TOML", default="", help="A cross-encoder's profile, instead of its default one.")
 @option("--max-tokens", type=flags.COUNT, help="A cross-encoder's limit, instead of its profile's.")
@@ -214,7 +219,7 @@ def check(ctx: click.Context, /, model: str, **options: Any) -> None:
       preread check
       preread check BAAI/bge-reranker-v2-m3 --dtype bfloat16
       preread check ./ctxl-1b --against ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b
-      preread check ./my-model --pairs pairs.jsonl --json health.json
+      preread check ./my-model --pairs pairs.jsonl --json-file health.json
 
     \b
     Exit codes: 0 healthy, 1 not, 2 bad input.
@@ -233,14 +238,15 @@ def check(ctx: click.Context, /, model: str, **options: Any) -> None:
     how = {"against": options["against"], "codec": options["codec"], "ratio": options["compression_ratio"]}
     with TerminalProgress() as progress:
         report = health.check(config, pairs=pairs, progress=progress, **how)
-    _print_report(report, json_file)
+    _print_report(report, options)
     if not report.passed:
         ctx.exit(BAD_ITEMS)
 
 
-def _print_report(report: EvaluationReport | HealthReport, json_file: Path | None) -> None:
-    """The report as tables, and as JSON into a file; where that is standard output, only there."""
-    if json_file is None or not is_stdout(json_file):
+def _print_report(report: EvaluationReport | HealthReport, options: Mapping[str, Any]) -> None:
+    """The report as tables, or with --json, or where --json-file is standard output, as JSON; and into that file."""
+    files = [file for file in (Path("-") if options["as_json"] else None, options["json_file"]) if file is not None]
+    if not any(map(is_stdout, files)):
         report.print()
-    if json_file is not None:
-        write_output(json_file, report.to_json())
+    for file in dict.fromkeys(files):
+        write_output(file, report.to_json())

@@ -88,7 +88,8 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
     """Rank passages for a query, or for a file of queries.
 
     Without --ids, --candidates or --run the whole collection is ranked, up to 5,000 passages.
-    A server must be running: `preread serve`.
+    A server must be running: `preread serve`. With --queries, --json writes a line of JSON for each query to
+    --output, in place of the TREC run.
 
     \b
     Examples:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import shutil
 import sqlite3
 import subprocess
@@ -188,12 +190,27 @@ def test_an_alias_moves_in_one_step_and_guards_what_it_names(store: str) -> None
     assert in_process("collection", "alias", "live", store=store).exit_code == 2
 
 
-def test_dropping_asks_first(store: str) -> None:
-    refused = in_process("collection", "drop", "docs", store=store, stdin="n\n")
-    assert refused.exit_code == 1
-    assert "12 passages" in refused.stdout
+def at_a_terminal(typed: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    ours, theirs = pty.openpty()
+    os.write(ours, typed.encode())
+    command = [sys.executable, "-m", "preread", *arguments]
+    try:
+        return subprocess.run(command, stdin=theirs, capture_output=True, text=True, cwd=ROOT, check=False)
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
-    assert in_process("collection", "drop", "docs", store=store, stdin="y\n").exit_code == 0
+
+def test_dropping_asks_first(store: str) -> None:
+    refused = at_a_terminal("n\n", "collection", "drop", "docs", "--store", store)
+    assert refused.returncode == 1
+    assert "12 passages" in refused.stderr
+
+    unasked = in_process("collection", "drop", "docs", store=store, stdin="y\n")
+    assert unasked.exit_code == 2
+    assert "--yes is needed without a terminal" in unasked.stderr
+
+    assert at_a_terminal("y\n", "collection", "drop", "docs", "--store", store).returncode == 0
     assert json.loads(in_process("stats", "--json", store=store).stdout) == []
     assert in_process("collection", "drop", "docs", "--yes", store=store).exit_code == 2
 

@@ -209,7 +209,7 @@ def _invoke(*arguments: object) -> Result:
 
 def test_the_command_prints_a_table_and_writes_its_files(beir: Path, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    result = _invoke(beir, "--model", tiny, "--ratios", "1,4", "--json", tmp_path / "x.json", "--run-out", out)
+    result = _invoke(beir, "--model", tiny, "--ratios", "1,4", "--json-file", tmp_path / "x.json", "--run-out", out)
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("system"))
@@ -226,14 +226,14 @@ def test_the_command_prints_a_table_and_writes_its_files(beir: Path, tiny: Path,
 
 def test_the_command_says_which_lines_it_leaves_out_and_goes_on(beir: Path, tiny: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole.json"
-    assert _invoke(beir, "--model", tiny, "--ratios", "1", "--json", whole).exit_code == 0
+    assert _invoke(beir, "--model", tiny, "--ratios", "1", "--json-file", whole).exit_code == 0
     odd = ('{"_id": 1.5, "text": "x"}\n', '{"_id": "moon", "text": "again"}\n', '{"_id": "o", "text": "\\ud800"}\n')
     with (beir / "corpus.jsonl").open("a") as file:
         file.writelines(odd)
     with (beir / "qrels.tsv").open("a") as file:
         file.write("q1\tmoon\thigh\n")
 
-    result = _invoke(beir, "--model", tiny, "--ratios", "1", "--json", "-")
+    result = _invoke(beir, "--model", tiny, "--ratios", "1", "--json")
 
     assert result.exit_code == 0, result.output
     told = [line for line in result.stderr.splitlines() if line.startswith("refused: ")]
@@ -248,9 +248,9 @@ def test_the_command_says_which_lines_it_leaves_out_and_goes_on(beir: Path, tiny
 
 
 def test_the_command_reranks_its_own_run_file(beir: Path, tiny: Path, tmp_path: Path) -> None:
-    first = ("--model", tiny, "--ratios", "4", "--json", tmp_path / "a.json", "--run-out", tmp_path)
+    first = ("--model", tiny, "--ratios", "4", "--json-file", tmp_path / "a.json", "--run-out", tmp_path)
     assert _invoke(beir, *first).exit_code == 0
-    again = ("--model", tiny, "--ratios", "4", "--json", tmp_path / "b.json", "--run", tmp_path / "bm25.run")
+    again = ("--model", tiny, "--ratios", "4", "--json-file", tmp_path / "b.json", "--run", tmp_path / "bm25.run")
     assert _invoke(beir, *again).exit_code == 0
     ours, theirs = (json.loads((tmp_path / f"{name}.json").read_text())["systems"] for name in "ab")
     assert [system["per_query"] for system in ours] == [system["per_query"] for system in theirs]

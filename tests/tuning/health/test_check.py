@@ -43,7 +43,7 @@ def test_the_built_in_pairs_are_what_they_are_said_to_be() -> None:
 
 
 def test_the_shipped_checkpoint_is_healthy(tmp_path: Path) -> None:
-    answer = run(SHIPPED_MODEL, "--json", tmp_path / "deep" / "health.json")
+    answer = run(SHIPPED_MODEL, "--json-file", tmp_path / "deep" / "health.json")
     assert answer.exit_code == 0, answer.output
     report = json.loads((tmp_path / "deep" / "health.json").read_text())
 

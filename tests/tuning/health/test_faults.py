@@ -270,7 +270,9 @@ def test_weights_that_overflow_are_not_finite_in_the_commands_words(
     for name in (name for name in tensors if f"{half}.norm" in name or f"{half}.weight" in name):
         tensors[name].fill_(3e38)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    answer = CliRunner().invoke(cli, ["check", str(directory), "--dtype", "float32", "--json", str(tmp_path / "json")])
+    answer = CliRunner().invoke(
+        cli, ["check", str(directory), "--dtype", "float32", "--json-file", str(tmp_path / "json")]
+    )
     assert answer.exit_code == code, answer.output
     assert "not finite" in answer.output
     assert not isinstance(answer.exception, ValueError | RuntimeWarning)
