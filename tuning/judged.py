@@ -54,12 +54,14 @@ def read_judged(
     qrels: str | Path | None = None,
     split: str | None = None,
     need_corpus: bool = True,
+    need_queries: bool = True,
     need_qrels: bool = True,
 ) -> JudgedCollection:
     """A BEIR folder, or its three files by name; a file that is named wins over the folder's.
 
     `split`: only the queries of qrels/<split>.tsv where there is such a file, else those whose queries.jsonl row has it
-    as `split`. Without `need_corpus`, passages may come from a store; without `need_qrels`, queries need no judgements.
+    as `split`. Without `need_corpus`, passages may come from a store; without `need_queries`, queries may be those that
+    are judged, without texts; without `need_qrels`, queries need no judgements.
     Raises EvaluationError: a file that is missing, cannot be read or holds nothing of use; no query left to run. A line
     that cannot be used is in `refused`, and left out.
     """
@@ -67,15 +69,17 @@ def read_judged(
     if folder is not None and not folder.is_dir():
         raise EvaluationError(f"{folder}: no such folder; expected corpus.jsonl, queries.jsonl and qrels (BEIR)")
     corpus_path = _find(folder, corpus, _CORPUS_NAMES, "corpus", needed=need_corpus)
-    queries_path = _find(folder, queries, _QUERY_NAMES, "queries", needed=True)
+    queries_path = _find(folder, queries, _QUERY_NAMES, "queries", needed=need_queries)
     names = (f"qrels/{split}.tsv", *_QRELS_NAMES) if split is not None else _QRELS_NAMES
     qrels_path = _find(folder, qrels, names, "qrels", needed=need_qrels)
-    assert queries_path is not None  # `needed`
+    named_by = queries_path or qrels_path
+    assert named_by is not None  # one of them is `needed`
 
     refused: list[Refused] = []
     passages = _read_corpus(corpus_path, refused) if corpus_path is not None else {}
-    texts, splits = _read_queries(queries_path, refused)
+    texts, splits = _read_queries(queries_path, refused) if queries_path is not None else ({}, {})
     judged = read_qrels(qrels_path, refused) if qrels_path is not None else {}
+    texts = texts if queries_path is not None else dict.fromkeys(judged, "")
     unknown = tuple(q for q in judged if q not in texts)
     run = {q: texts[q] for q in texts if q in judged or not judged}
     if split is not None and (qrels_path is None or qrels_path.stem != split):
@@ -87,7 +91,7 @@ def read_judged(
     if not run:
         raise EvaluationError(f"{qrels_path}: judges no query of {queries_path}")
     return JudgedCollection(
-        name=folder.resolve().name if folder is not None else queries_path.name.split(".")[0],
+        name=folder.resolve().name if folder is not None else named_by.name.split(".")[0],
         passages=passages,
         queries=run,
         qrels={q: judged[q] for q in run if q in judged},

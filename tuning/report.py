@@ -64,6 +64,7 @@ class Counts:
     num_run_queries_ignored: int = _noted("queries of the run are not evaluated: left out")
     num_queries_without_relevant: int = _noted("queries have no relevant passage: they count 0")
     num_queries_without_candidates: int = _noted("queries have no candidates: {fate}")
+    num_unknown_candidates: int = _noted("passages of the run are not in the collection: they take their places")
     num_missing_passages: int = _noted("candidate passages have no text or states: ranked last")
     num_changed_passages: int = _noted("candidate passages were stored with another text than the corpus has")
     num_truncated_passages: int = _noted("candidate passages were read up to the passage limit only")
@@ -74,9 +75,10 @@ class Counts:
         """Of the judged data; counts of candidates, which depend on the scoring, are added as they are."""
         grades, stored, given = list(judged.qrels.values()), judged.stored, judged.candidates
         known = set(judged.passages)
-        if not known and stored is not None:  # a store without texts
+        if not known:  # a store without texts, or nothing to compare with
             ids = sorted({p for own in grades for p in own})
-            known = {p for p, digest in zip(ids, stored.digests(ids), strict=True) if digest is not None}
+            digests = stored.digests(ids) if stored is not None else ids
+            known = {p for p, digest in zip(ids, digests, strict=True) if digest is not None}
         return cls(
             num_queries=len(judged.queries),
             num_passages=len(judged.passages) if stored is None else stored.stats().num_passages,
@@ -130,10 +132,6 @@ class EvaluationReport:
     def to_json(self) -> str:
         """One JSON document; the same evaluation gives the same text, but for `decoder_seconds`."""
         plain = ("collection", "checkpoint", "fingerprint", "stored_as", "codec", "dtype", "device", "instruction")
-        refused = [
-            asdict(item.place) | {"passage_id": item.passage_id, "reason": item.reason, "message": item.message}
-            for item in self.refused
-        ]
         return format_json(
             {
                 "format_version": _FORMAT_VERSION,
@@ -141,7 +139,7 @@ class EvaluationReport:
                 "settings": asdict(self.settings),
                 "counts": asdict(self.counts),
                 "notes": self.counts.notes(),
-                "refused": refused,
+                "refused": refused_rows(self.refused),
                 "query_ids": list(self.qrels),
                 "systems": [system.to_json() for system in self.systems],
             }
@@ -161,16 +159,10 @@ class EvaluationReport:
         table = plain_table("system", HEADLINE, f"over {first.name}", f"of {finest.name}", *others)
         for system in self.systems:
             kept = system.kept[HEADLINE] if system.kept is not None else None
-            share, gain = system.share[HEADLINE] if system.share is not None else None, ""
-            if system.change is not None and share is not None:
-                bounds = f"[{share.low - 1:+.1%}, {share.high - 1:+.1%}]"
-                gain = f"{share.mean - 1:+.1%} {bounds} {system.change[HEADLINE].mark}"
-            elif system.change is not None:  # the first stage found nothing: no share exists
-                gain = f"{system.change[HEADLINE].mean:+.3f} {system.change[HEADLINE].mark}"
             table.add_row(
                 system.name,
                 Text(str(system.measures[HEADLINE])),
-                Text(gain),
+                Text(gain_cell(system)),
                 f"{kept.mean:.1%}" if kept is not None else "",
                 *(f"{system.measures[name].mean:.3f}" for name in others),
             )
@@ -185,6 +177,24 @@ class EvaluationReport:
             f"The candidates hold {best:.1%} of the relevant passages; no reranking finds more.",
             *(f"Note: {note}." for note in counts.notes()),
         )
+
+
+def gain_cell(system: System) -> str:
+    """The relative change of the headline from the first stage, with its interval and mark; "" of the first stage."""
+    if system.change is None:
+        return ""
+    change, share = system.change[HEADLINE], system.share[HEADLINE] if system.share is not None else None
+    if share is None:  # the first stage found nothing: no share exists
+        return f"{change.mean:+.3f} {change.mark}"
+    return f"{share.mean - 1:+.1%} [{share.low - 1:+.1%}, {share.high - 1:+.1%}] {change.mark}"
+
+
+def refused_rows(refused: Sequence[Refused]) -> list[dict[str, Any]]:
+    """Lines that were left out, as JSON values."""
+    return [
+        asdict(item.place) | {"passage_id": item.passage_id, "reason": item.reason, "message": item.message}
+        for item in refused
+    ]
 
 
 def format_json(document: dict[str, Any]) -> str:

@@ -22,7 +22,9 @@ from tuning.config import EvaluationSettings, Limits, MeasuringSettings, SweepSe
 
 if TYPE_CHECKING:
     from tuning.health import HealthReport
+    from tuning.judged import JudgedCollection
     from tuning.report import EvaluationReport
+    from tuning.score import RunReport
     from tuning.sweep.report import SweepReport
 
 
@@ -32,6 +34,10 @@ def _folder(ctx: click.Context, param: click.Parameter, path: Path | None) -> Pa
     return path
 
 
+_OF_MODELS = (
+    "model", "device", "dtype", "read_control_tokens", "threads", "collection", "ratios", "teacher", "split",
+    "instruction", "run_out",
+)  # fmt: skip
 _INTO: dict[str, Any] = {"metavar": "DIR", "type": click.Path(file_okay=False, path_type=Path), "callback": _folder}
 
 
@@ -54,14 +60,17 @@ def _judged_options(settings: type[MeasuringSettings]) -> Callable[[flags.F], fl
 @click.command()
 @_judged_options(EvaluationSettings)
 @flags.collection(help="Read states from this indexed collection instead of encoding the passages.")
+@option("--score-only", metavar="RUN", type=flags.FILE, help="Measure this finished TREC run; no model is loaded.")
 @flags.as_json
 @flags.json_file
-def evaluate(**options: Any) -> None:
+@click.pass_context
+def evaluate(ctx: click.Context, /, **options: Any) -> None:
     """Measure how well a checkpoint reranks a judged collection.
 
     FOLDER is in BEIR's layout: corpus.jsonl, queries.jsonl, and qrels.tsv or qrels/test.tsv; .gz will do.
     BM25 finds candidates, the checkpoint reranks them at each compression ratio, and nDCG@10, MRR@10 and
-    recall are shown with bootstrap intervals, against BM25 on the same queries.
+    recall are shown with bootstrap intervals, against BM25 on the same queries. --score-only measures a run
+    that is there already, against that of --run if it is given; judgements will do for it, or FOLDER.
 
     \b
     Examples:
@@ -69,16 +78,34 @@ def evaluate(**options: Any) -> None:
       preread evaluate scifact/ --teacher minilm --ratios 1,4,16 --json-file scifact.json
       preread evaluate --corpus corpus.jsonl --queries queries.jsonl --qrels qrels.txt --run first-stage.run
       preread evaluate scifact/ --collection scifact --store redis://localhost
+      preread evaluate --qrels qrels.txt --score-only reranked.run --run bm25.run
     """
+    settings, json_file = flags.from_options(EvaluationSettings, options), options["json_file"]
+    if options["score_only"] is not None:
+        _print_report(_scored(ctx, settings), options)
+        return
     from tuning.evaluate import evaluate as run
 
-    settings = flags.from_options(EvaluationSettings, options)
-    json_file: Path | None = options["json_file"]
     with _inputs(options, json_file.parent if json_file is not None else None) as inputs:
         report = run(settings=settings, **inputs)
     _print_report(report, options)
     if options["run_out"] is not None:
         report.write_runs(options["run_out"])
+
+
+def _scored(ctx: click.Context, settings: EvaluationSettings) -> RunReport:
+    """The report of --score-only. UsageError: a flag that is about a model."""
+    from tuning.score import score_run
+    from tuning.trec import read_run
+
+    options = ctx.params
+    for name in _OF_MODELS:  # from the environment or a file they are meant for other commands
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--score-only loads no model; --{name.replace('_', '-')} is about one.")
+    judged = _judged(options, need_corpus=False, need_queries=False)
+    if options["run_file"] is not None:
+        judged = replace(judged, candidates=read_run(options["run_file"]))
+    return score_run(judged, read_run(options["score_only"]), settings)
 
 
 @click.command()
@@ -125,22 +152,28 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
     _show_sweep(report, limits, out, options["model"] if named else None, options)
 
 
+def _judged(options: Mapping[str, Any], **needs: bool) -> JudgedCollection:
+    """Of the files that are named; says on standard error which of their lines are left out."""
+    from tuning.judged import read_judged
+
+    given = {name: options[name] for name in ("corpus", "queries", "qrels")} | {"split": options["queries_split"]}
+    judged = read_judged(options["folder"], **given, **needs)
+    print_some("refused", judged.refused, err=True)
+    return judged
+
+
 @contextmanager
 def _inputs(options: Mapping[str, Any], out: Path | None, *, need_qrels: bool = True) -> Iterator[dict[str, Any]]:
-    """Arguments of both runs; says on standard error which lines of the files are left out, and makes the folders."""
+    """Arguments of both runs; makes the folders."""
     from cache.collection import Collection
     from cache.open import open_store
     from checkpoint.compute import tune_process
     from tuning.evaluate import open_checkpoint
-    from tuning.judged import read_judged
     from tuning.progress import TerminalProgress
     from tuning.trec import read_run
 
     tune_process(options["threads"])
-    given = {name: options[name] for name in ("corpus", "queries", "qrels")} | {"split": options["queries_split"]}
-    need_corpus = options["collection"] is None
-    judged = read_judged(options["folder"], need_corpus=need_corpus, need_qrels=need_qrels, **given)
-    print_some("refused", judged.refused, err=True)
+    judged = _judged(options, need_corpus=options["collection"] is None, need_qrels=need_qrels)
     if options.get("ignore_qrels"):
         judged = replace(judged, qrels={}, num_judgements_of_unknown_queries=0, unknown_queries=())
     for folder in (out, options["run_out"]):
@@ -243,7 +276,7 @@ def check(ctx: click.Context, /, model: str, **options: Any) -> None:
         ctx.exit(BAD_ITEMS)
 
 
-def _print_report(report: EvaluationReport | HealthReport, options: Mapping[str, Any]) -> None:
+def _print_report(report: EvaluationReport | RunReport | HealthReport, options: Mapping[str, Any]) -> None:
     """The report as tables, or with --json, or where --json-file is standard output, as JSON; and into that file."""
     files = [file for file in (Path("-") if options["as_json"] else None, options["json_file"]) if file is not None]
     if not any(map(is_stdout, files)):
