@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from checkpoint import Checkpoint
 
 SHAPES = ("tiny", "nano")
+PASSAGE_TOKENS, QUERY_TOKENS = 1000, 20  # that costs are told of
 _FORMATS = click.Choice(["both", "float32", "bfloat16"])  # of numbers
 
 
@@ -62,12 +62,18 @@ def checkpoint(model: str, make_random: str | None, seed: int, as_json: bool, **
         count, num_layers = facts[f"{half}_parameters"], facts[f"{half}_layers"]
         memory = f"{human_bytes(2 * count)} in bfloat16, {human_bytes(4 * count)} in float32"
         sizes[f"{half} half"] = f"{count / 1e6:,.1f} million parameters, {num_layers} layers ({memory})"
-    ratio = facts["default_compression_ratio"]
-    thousand = human_bytes(-(-1000 // ratio) * facts["dim"] * 2)
+    cost, ratio = facts["cost"], facts["default_compression_ratio"]
+    stored = f"{human_bytes(cost['stored_bytes'])} stored at r = {ratio} as {cost['codec']}"
+    encoder, decoder, cached = (cost[f"{name}_flops"] / 1e9 for name in ("encoder", "decoder", "decoder_cached"))
     shown = {
         **{name: facts[name] for name in ("checkpoint", "fingerprint")},
         **sizes,
-        "passages": f"up to {facts['max_passage_tokens']:,} tokens; 1,000 take {thousand} at ratio {ratio}",
+        "passages": f"up to {facts['max_passage_tokens']:,} tokens",
+        f"{cost['passage_tokens']:,} tokens": f"take {stored}, {human_bytes(cost['kv_cache_bytes'])} of KV cache "
+        f"in {cost['kv_cache_format']}",
+        "their encoding": f"{encoder:,.3g} GFLOP, once",
+        "their scoring": f"{decoder:,.3g} GFLOP a query of {cost['query_tokens']} tokens; {cached:,.3g} with their KV "
+        "cache",
         "queries": f"up to {facts['max_query_tokens']:,} tokens, in a prompt of {facts['prompt_tokens']}",
         "answers": ", ".join(f"{facts[one]['token']!r} is token {facts[one]['id']}" for one in ("yes", "no")),
         "instruction": facts["default_instruction"],
@@ -79,13 +85,13 @@ def checkpoint(model: str, make_random: str | None, seed: int, as_json: bool, **
 
 
 def _facts(opened: Checkpoint) -> dict[str, Any]:
-    from checkpoint.model import tensor_shapes
+    from checkpoint.cost import num_parameters
 
     opened.check_decoder()  # the fingerprint reads every encoder tensor; the decoder's are looked for
     settings, prompt = opened.settings, opened.text.prompt("a")
     halves: dict[str, Any] = {}
     for half, config in (("encoder", opened.encoder_config), ("decoder", opened.decoder_config)):
-        halves[f"{half}_parameters"] = sum(prod(shape) for shape in tensor_shapes(half, config).values())
+        halves[f"{half}_parameters"] = num_parameters(half, config)
         halves[f"{half}_layers"] = config.num_hidden_layers
     plain = (
         "max_passage_tokens", "max_query_tokens", "default_compression_ratio", "passage_template", "prompt_template",
@@ -98,9 +104,32 @@ def _facts(opened: Checkpoint) -> dict[str, Any]:
         **halves,
         "vocab_size": opened.decoder_config.vocab_size,
         **{name: getattr(settings, name) for name in plain},
-        "prompt_tokens": len(prompt.ids) - prompt.num_query_tokens,
+        "prompt_tokens": (num_prompt_tokens := len(prompt.ids) - prompt.num_query_tokens),
+        "cost": _cost(opened, num_prompt_tokens + QUERY_TOKENS),
         "yes": {"token": settings.yes_token, "id": opened.text.yes_id},
         "no": {"token": settings.no_token, "id": opened.text.no_id},
+    }
+
+
+def _cost(opened: Checkpoint, num_tokens: int) -> dict[str, Any]:
+    """What a machine is sized by: a passage of 1,000 tokens, stored and cached by default; a prompt of `num_tokens`."""
+    from cache import DEFAULT_CODEC
+    from cache.codecs import Codec
+    from cache.record import Record
+    from checkpoint.cost import decoder_flops, encoder_flops, kv_bytes
+
+    num_states = -(-PASSAGE_TOKENS // opened.settings.default_compression_ratio)
+    decoder = opened.decoder_config
+    return {
+        "passage_tokens": PASSAGE_TOKENS,
+        "query_tokens": QUERY_TOKENS,
+        "codec": DEFAULT_CODEC,
+        "stored_bytes": Record.num_bytes(num_states, Codec(DEFAULT_CODEC, opened.dim).code_size_bytes, 1),
+        "kv_cache_format": "bfloat16",
+        "kv_cache_bytes": kv_bytes(decoder, num_states, 2),
+        "encoder_flops": encoder_flops(opened.encoder_config, PASSAGE_TOKENS),
+        "decoder_flops": decoder_flops(decoder, num_states, num_tokens),
+        "decoder_cached_flops": decoder_flops(decoder, num_states, num_tokens, cached=True),
     }
 
 

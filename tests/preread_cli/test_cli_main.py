@@ -89,7 +89,8 @@ def test_a_checkpoint_is_described(tiny_checkpoint: Path) -> None:
     assert facts["encoder_parameters"] < 200_000
     limited = CliRunner().invoke(cli, ["checkpoint", str(tiny_checkpoint), "--json", "--max-passage-tokens", "77"])
     assert json.loads(limited.stdout)["fingerprint"] != facts["fingerprint"]
-    assert "1,000 take 31.2 KiB at ratio 4" in CliRunner().invoke(cli, ["checkpoint", str(tiny_checkpoint)]).stdout
+    said = CliRunner().invoke(cli, ["checkpoint", str(tiny_checkpoint)]).stdout
+    assert "1,000 tokens      take 31.3 KiB stored at r = 4 as SQfp16, " in said
 
 
 def test_a_random_checkpoint_is_made_and_described(tmp_path: Path, tiny_checkpoint: Path) -> None:
