@@ -94,6 +94,7 @@ def from_options(config: type[C], options: Mapping[str, Any], **others: Any) -> 
         raise click.UsageError(str(exc)) from exc
 
 
+no_encoder = option("--no-encoder", is_flag=True, help="Answer from stored states only.")
 store = knob_options(ServerConfig, only=["store"])
 threads = option("--threads", type=COUNT, help="Processor threads.  [default: torch's, within a container's quota]")
 collection = partial(option, "-c", "--collection", metavar="NAME")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +15,7 @@ import click
 
 import preread
 from cache.errors import CacheError
-from decoder_server.config import DecoderConfig, ModelConfig
+from decoder_server.config import DecoderConfig, KvCacheConfig, ModelConfig
 from preread.arguments import Argument
 from preread_cli import flags
 from preread_cli.config_file import masked
@@ -21,22 +23,28 @@ from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, models_option, parse_models
 from preread_cli.terminal import print_json, print_result
+from preread_edge.outputs import human_bytes
 
 if TYPE_CHECKING:
-    from checkpoint import EncoderIdentity
+    from checkpoint import Checkpoint, EncoderIdentity
 
-GIB = 1 << 30
+# Python, torch and a loaded server without its weights: measured on a small model.
+PROCESS_BYTES = 400 << 20
 _Finding = tuple[str, str, str]  # name, state, message; the state is ok, warn, or FAIL: serving will not work
+
+
+_KNOBS = (
+    "store", "max_store_cache_bytes", "max_inline_cache_bytes", "encoder_tls_ca_file", "encoder_tls_cert_file",
+    "encoder_tls_key_file", *(one.name for one in KvCacheConfig.knobs()),
+)  # fmt: skip
 
 
 @click.command()
 @models_option
 @compute_options
 @flags.knob_options(ModelConfig, only=["max_passage_tokens", "encoder_address", "encoder_api_key"])
-@flags.knob_options(
-    DecoderConfig,
-    only=["store", "max_store_cache_bytes", "encoder_tls_ca_file", "encoder_tls_cert_file", "encoder_tls_key_file"],
-)
+@flags.no_encoder
+@flags.knob_options(DecoderConfig, KvCacheConfig, only=_KNOBS)
 @flags.as_json
 @click.pass_context
 def doctor(ctx: click.Context, /, **options: Any) -> None:
@@ -62,21 +70,24 @@ class _Model(NamedTuple):
 
     config: ModelConfig
     path: Path | None = None  # of files that can be served
-    identity: EncoderIdentity | None = None
+    checkpoint: Checkpoint | None = None  # where it reads states
+
+    @property
+    def identity(self) -> EncoderIdentity | None:
+        return self.checkpoint.identity if self.checkpoint is not None else None
 
 
 def _findings(options: Mapping[str, Any]) -> Iterator[_Finding]:
     from cache.open import open_store
 
     yield from _machine(options)
-    configs = parse_models(options)
+    configs = parse_models(options, kv_caches=flags.from_options(KvCacheConfig, options))
     models: list[_Model] = []
     for config in configs:
         model, finding = _model(config, "checkpoint" if len(configs) == 1 else f"model {config.served_name}")
         yield finding
         models.append(model)
-    if paths := [model.path for model in models if model.path is not None]:
-        yield _memory(options, paths)
+    yield from _memory(options, models)
     shown = masked(options["store"], "store")
     try:
         with closing(open_store(options["store"], read_budget_seconds=flags.ADMIN_READ_SECONDS)) as opened:
@@ -142,23 +153,75 @@ def _model(config: ModelConfig, name: str) -> tuple[_Model, _Finding]:
     except (CheckpointError, OSError, ValueError) as exc:
         return _Model(config), (name, "FAIL", str(exc))
     message = f"{identity.checkpoint}, encoder {identity.fingerprint[:12]}, dim {identity.dim}"
-    return _Model(config, found.path, identity), (name, "ok", message)
+    return _Model(config, found.path, found), (name, "ok", message)
 
 
-def _memory(options: Mapping[str, Any], paths: Sequence[Path]) -> _Finding:
-    """Whether weights and caches fit. Reads /proc, so on Linux only."""
+def _memory(options: Mapping[str, Any], models: Sequence[_Model]) -> Iterator[_Finding]:
+    """Whether weights and full caches fit, into the machine's memory and a GPU's. Reads /proc, so on Linux only."""
     from checkpoint.compute import memory_left
 
-    try:
-        with open("/proc/meminfo") as lines:
-            kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return "memory", "warn", "cannot be told on this system"
-    available = min(kib * 1024, memory_left())  # the kernel's estimate, or what the container may still use
-    weights = (file for path in paths for file in path.glob("*.safetensors"))
-    needed = sum(file.stat().st_size for file in weights) + 2 * options["cache_bytes"]
-    message = f"{available / GIB:.1f} GiB available; weights and caches take up to {needed / GIB:.1f} GiB"
-    return "memory", "ok" if needed < available else "warn", message
+    for device, parts in _needed(options, models).items():
+        name = "memory" if device == "cpu" else f"memory of {device}"
+        if device == "cpu":
+            try:
+                with open("/proc/meminfo") as lines:
+                    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+                # The kernel's estimate, or what the container may still use.
+                available = min(sizes["MemAvailable"], memory_left())
+            except (OSError, KeyError):
+                yield name, "warn", "cannot be told on this system"
+                continue
+        else:
+            import torch
+
+            available, _ = torch.cuda.mem_get_info(device)
+        needed, at_start = parts.total(), parts["weights"] + parts["process"]
+        listed = ", ".join(f"{part} {human_bytes(size)}" for part, size in parts.items() if size)
+        sums = f"{human_bytes(needed)} needed of {human_bytes(available)} available: {listed}"
+        if at_start > available:
+            yield name, "FAIL", f"does not fit, with empty caches either; {sums}"
+        elif needed > available:
+            yield name, "warn", f"does not fit once the caches are full; {sums}"
+        else:
+            yield name, "ok", f"fits; {sums}"
+
+
+def _needed(options: Mapping[str, Any], models: Sequence[_Model]) -> dict[str, Counter[str]]:
+    """Device -> part -> most bytes that `preread serve` takes for it; beside these there is the batch at hand."""
+    from checkpoint.compute import choose_device
+    from checkpoint.cost import num_parameters
+
+    needed: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    read_cache, inline = options["cache_bytes"], options["inline_cache_bytes"]
+    elsewhere = options["encoder_address"]
+    for config, path, opened in models:
+        with suppress(ValueError):  # a device that is not there has its own finding
+            device, dtype = choose_device(config.device, config.dtype)
+            own, number_bytes = needed[str(device)], dtype.itemsize
+            if opened is None:
+                number_bytes = {"onnx": 4, "onnx-int8": 1}.get(config.runtime, number_bytes)
+                own["weights"] += number_bytes * _num_stored(path)
+                continue
+            is_here = not (config.encoder_address or options["encoder_address"] or options["no_encoder"])
+            own["weights"] += number_bytes * num_parameters("decoder", opened.decoder_config)
+            own["weights"] += number_bytes * num_parameters("encoder", opened.encoder_config) * is_here
+            own["KV cache"] += config.kv_caches.max_keys_bytes
+            own["prefix cache"] += config.kv_caches.max_prefix_bytes
+            if is_here or config.encoder_address or elsewhere:
+                needed["cpu"]["states of texts"] += read_cache if inline is None else inline
+            elsewhere = elsewhere if config.encoder_address else None  # the worker of the first that names none
+    needed["cpu"] += Counter({"read cache": read_cache, "process": PROCESS_BYTES})
+    return needed
+
+
+def _num_stored(path: Path | None) -> int:
+    """Numbers in a checkpoint's files; 0 of files that cannot be read, which loading will name."""
+    from checkpoint import CheckpointError
+    from checkpoint.tensors import StoredTensors
+
+    with suppress(CheckpointError):
+        return sum(prod(one.shape) for one in StoredTensors(path).weights.values()) if path is not None else 0
+    return 0
 
 
 def _store(opened: Any, shown: str, identities: Sequence[EncoderIdentity]) -> Iterator[_Finding]:

@@ -38,7 +38,7 @@ _process_options = flags.options_of(
 @click.command()
 @models_option
 @flags.knob_options(ModelConfig, only=_MODEL_FLAGS)
-@option("--no-encoder", is_flag=True, help="Answer from stored states only.")
+@flags.no_encoder
 @option("--encoder-port", type=flags.PORT, default=50052, help="Loopback port of the encoder in this process.")
 @flags.knob_options(DecoderConfig, KvCacheConfig, HttpConfig, without_default=["--http-port"])
 @option(

@@ -67,6 +67,34 @@ def test_several_models_from_the_file_that_serves_them(tiny_checkpoint: Path, tm
     }
 
 
+def test_every_cache_of_every_model_counts_and_what_does_not_fit_is_said(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = make_checkpoint(tmp_path / "second", "tiny", seed=1)
+
+    def memory(*arguments: object) -> tuple[str, str]:
+        given = ["doctor", "--json", "--store", "memory:", "--model", tiny_checkpoint, *arguments]
+        found = json.loads(CliRunner().invoke(cli, [*map(str, given)]).stdout)
+        return next((one["state"], one["message"]) for one in found if one["name"] == "memory")
+
+    sizes = ("--keys-cache-bytes", 1 << 20, "--prefix-cache-bytes", 2 << 20, "--cache-bytes", 3 << 20)
+    state, message = memory(*sizes, "--model", f"second={second}")
+    assert state == "ok"
+    assert message.startswith("fits; ")
+    for part in ("KV cache 2.0 MiB", "prefix cache 4.0 MiB", "states of texts 6.0 MiB", "read cache 3.0 MiB"):
+        assert part in message
+    for none_encoded in ("--no-encoder", "--encoder-address=127.0.0.1:1", "--inline-cache-bytes=0"):
+        assert ("states of texts" in memory(*sizes, none_encoded)[1]) == ("address" in none_encoded)
+
+    (tmp_path / "preread.toml").write_text("[serve]\nkeys-cache-bytes = 1000000000000000\n")
+    state, message = memory("--config", tmp_path / "preread.toml")
+    assert (state, message.split(";")[0]) == ("warn", "does not fit once the caches are full")
+    monkeypatch.setattr("checkpoint.compute.memory_left", lambda: 1 << 20)  # of a container
+    state, message = memory()
+    assert (state, message.split(";")[0]) == ("fail", "does not fit, with empty caches either")
+    assert "of 1.0 MiB available" in message
+
+
 def test_what_is_not_there(tmp_path: Path) -> None:
     missing = ("--model", tmp_path / "none", "--store", "redis://user:secret@127.0.0.1:1/0")
     answer, states = doctor(*missing, "--encoder-address", "127.0.0.1:1", "--threads", 10_000)
