@@ -17,14 +17,14 @@ def num_parameters(half: str, config: Any) -> int:
 
 def kv_bytes(config: Any, num_states: int, number_bytes: int) -> int:
     """Keys and values of a passage's states in every layer of the decoder."""
-    return config.num_hidden_layers * num_states * 2 * _kv_width(config) * number_bytes
+    return int(config.num_hidden_layers) * num_states * 2 * _kv_width(config) * number_bytes
 
 
 def encoder_flops(config: Any, num_tokens: int) -> int:
     """One passage, every token of it; a layer that slides sees its window."""
     seen = {"full_attention": num_tokens, "sliding_attention": min(num_tokens, config.sliding_window or num_tokens)}
-    attention = sum(4 * num_tokens * seen[kind] * _q_width(config) for kind in config.layer_types)
-    return 2 * num_tokens * config.num_hidden_layers * (_kv_weights(config) + _other_weights(config)) + attention
+    weights = len(config.layer_types) * (_kv_weights(config) + _other_weights(config))
+    return 2 * num_tokens * weights + sum(4 * num_tokens * seen[kind] * _q_width(config) for kind in config.layer_types)
 
 
 def decoder_flops(config: Any, num_states: int, num_tokens: int, *, cached: bool = False) -> int:
@@ -32,7 +32,8 @@ def decoder_flops(config: Any, num_states: int, num_tokens: int, *, cached: bool
 
     The last layer computes one row: the readout.
     """
-    num_layers, rows = config.num_hidden_layers, num_tokens * (config.num_hidden_layers - 1) + 1
+    num_layers = int(config.num_hidden_layers)
+    rows = num_tokens * (num_layers - 1) + 1
     of_states = 0 if cached else 2 * num_states * num_layers * _kv_weights(config)
     of_prompt = 2 * (num_tokens * num_layers * _kv_weights(config) + rows * _other_weights(config))
     return of_states + of_prompt + 4 * rows * (num_states + num_tokens) * _q_width(config)

@@ -156,8 +156,8 @@ def _judged(options: Mapping[str, Any], **needs: bool) -> JudgedCollection:
     """Of the files that are named; says on standard error which of their lines are left out."""
     from tuning.judged import read_judged
 
-    given = {name: options[name] for name in ("corpus", "queries", "qrels")} | {"split": options["queries_split"]}
-    judged = read_judged(options["folder"], **given, **needs)
+    given: dict[str, Any] = {name: options[name] for name in ("corpus", "queries", "qrels")} | needs
+    judged = read_judged(options["folder"], split=options["queries_split"], **given)
     print_some("refused", judged.refused, err=True)
     return judged
 
