@@ -83,11 +83,7 @@ def read_judged(
     unknown = tuple(q for q in judged if q not in texts)
     run = {q: texts[q] for q in texts if q in judged or not judged}
     if split is not None and (qrels_path is None or qrels_path.stem != split):
-        known = {splits[q] for q in run if q in splits}
-        if split not in known:
-            has = ", ".join(sorted(known)) or "its rows have no field `split`"
-            raise EvaluationError(f"{queries_path}: no judged query of split {split!r}; it has: {has}")
-        run = {q: text for q, text in run.items() if splits.get(q) == split}
+        run = _of_split(run, splits, split, named_by)
     if not run:
         raise EvaluationError(f"{qrels_path}: judges no query of {queries_path}")
     return JudgedCollection(
@@ -100,6 +96,15 @@ def read_judged(
         splits=splits,
         refused=tuple(refused),
     )
+
+
+def _of_split(queries: dict[str, str], splits: dict[str, str], split: str, path: Path) -> dict[str, str]:
+    """Queries whose row has the split. EvaluationError: none, with those there are."""
+    known = {splits[q] for q in queries if q in splits}
+    if split not in known:
+        has = ", ".join(sorted(known)) or "its rows have no field `split`"
+        raise EvaluationError(f"{path}: no judged query of split {split!r}; it has: {has}")
+    return {q: text for q, text in queries.items() if splits.get(q) == split}
 
 
 def _find(

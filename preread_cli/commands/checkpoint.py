@@ -179,8 +179,7 @@ def convert_ctxl(ctx: click.Context, /, source: str, target: Path, formats: str,
                 f"  {row.dtype:<10} {'pass' if row.passed else 'FAIL'}  max |delta| {row.max_delta:.2e}, allowed "
                 f"{row.allowed_delta:.2e}; Kendall tau {row.tau:.4f}, rank agreement {row.rank_agreement:.0%}"
             )
-        parities = [asdict(row) for row in rows]
-        record = {"source": source, "head": opened.head, "pairs": compared.name, "parity": parities}
+        record = {"source": source, "head": opened.head, "pairs": compared.name, "parity": [*map(asdict, rows)]}
         is_same = all(row.passed for row in rows)
         if options["as_json"]:
             print_json({"target": str(target) if is_same else None} | record)
