@@ -19,7 +19,7 @@ KEYS = ["rerank:0123456789abcdef-asks", "index:fedcba9876543210-writes"]
 
 
 @pytest.fixture
-def file(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+def file(tiny_checkpoint: Path, pem: tuple[str, str], tmp_path: Path) -> Path:
     port = free_port()
     (tmp_path / "preread.toml").write_text(f"""
         store = "faiss:{tmp_path / "store"}"
@@ -29,6 +29,9 @@ def file(tiny_checkpoint: Path, tmp_path: Path) -> Path:
         dtype = "float32"
         api-key = {json.dumps(KEYS)}
         address = "127.0.0.1:{port}"
+        tls-cert-file = "{pem[0]}"
+        tls-key-file = "{pem[1]}"
+        tls-ca-file = "{pem[0]}"
         json = true
         [index]
         compression-ratio = 2
@@ -67,6 +70,7 @@ def test_one_file_is_shared_by_every_command(file: Path, tmp_path: Path) -> None
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        assert "gRPC, TLS, API keys" in log.read_text()
         assert run("health", PREREAD_CONFIG=str(file)).returncode == 0
         reranked = run("rerank", "blue", PREREAD_CONFIG=str(file))
         assert json.loads(reranked.stdout)["summary"]["num_scored"] == 2, reranked.stderr
