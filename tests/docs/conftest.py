@@ -29,9 +29,11 @@ PASSAGES = {
     "p8": "The axis of the earth is tilted, and so there are seasons.",
 }
 QUERIES = {"q1": "why is the sky blue", "q2": "what makes dough rise", "q3": "why are there tides"}
-HUB = {  # shown id -> a tiny random model in its shape
+MODELS = {  # a name in pages -> a tiny random model in its shape
     "BAAI/bge-reranker-v2-m3": "XLMRobertaForSequenceClassification",
     "ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b": "Qwen3ForCausalLM",
+    "models/mini": "BertForSequenceClassification",
+    "models/ctxl-seq-cls": "Qwen3ForSequenceClassification",
 }
 
 
@@ -58,10 +60,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cut_scifact(world / "examples" / "scifact", 24)
     shutil.copytree(world / "examples" / "scifact", world / "scifact")
     (world / "models").mkdir()
-    for name in ("my-model", "models/mini", "KaLM-Embedding/KaLM-Reranker-V1-Nano"):
+    for name in ("my-model", "KaLM-Embedding/KaLM-Reranker-V1-Nano"):
         (world / name).parent.mkdir(exist_ok=True)
         (world / name).symlink_to(SHIPPED)
-    for name, architecture in HUB.items():
+    (world / "etc" / "preread").mkdir(parents=True)
+    (world / "etc" / "preread" / "keys").write_text("admin 0123456789abcdef\n")
+    for name, architecture in MODELS.items():
         make_cross_encoder(world / name, architecture, Size())
     return world
 
@@ -113,6 +117,7 @@ def terminal(
         "redis://cache:6379/0": f"{redis_server.url}/{next(databases)}",
         "worker:50052": f"localhost:{ports[50052]}",
         "/models/": f"{directory}/models/",
+        "/etc/preread/": f"{directory}/etc/preread/",
     }
     terminal = Terminal(directory, warm, ports, named)
     yield terminal

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tests.docs.transcripts import Block, Step, pattern
@@ -20,7 +20,7 @@ PORTS = (50051, 50052, 8080, 9464)  # of gRPC, the encoder, HTTP and metrics, in
 # The ports that nobody names: where `preread` listens and calls without a word, by command.
 _WHERE = """
 case "$1" in
-serve) export PREREAD_PORT={50051} PREREAD_ENCODER_PORT={50052} ;;
+serve) export PREREAD_PORT={50051} PREREAD_ENCODER_PORT=${PREREAD_ENCODER_PORT-{50052}} ;;
 encode-worker) export PREREAD_PORT={50052} ;;
 *) export PREREAD_ADDRESS=127.0.0.1:{50051} PREREAD_ENCODER_ADDRESS=127.0.0.1:{50052} ;;
 esac
@@ -113,7 +113,7 @@ class Terminal:
             where = where.replace(f"{{{shown}}}", str(real))
         (programs / "preread").write_text(f'#!/bin/sh\n{where}\n{call} "$@"\n')
         (programs / "preread").chmod(0o755)
-        own = {"PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(directory / ".home")}
+        own = {"PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(warm.socket.parent)}
         own |= {"LC_ALL": "C.UTF-8", "COLUMNS": "80", "TORCH_COMPILE_DISABLE": "1"}  # compiling takes seconds a server
         self._environment = {**os.environ, **own, "PYTHONUNBUFFERED": "1"}
 
@@ -163,11 +163,14 @@ class Terminal:
             running.stop()
 
     def _here(self, text: str) -> str:
-        for shown, real in self._named.items():
-            text = re.sub(rf"(?<![\w.]){re.escape(shown)}(?!\w)", real, text)
-        return text
+        return _renamed(text, self._named.items())
 
     def _there(self, text: str) -> str:
-        for shown, real in self._named.items():
-            text = re.sub(rf"(?<![\w.]){re.escape(real)}(?!\w)", shown, text)
-        return text
+        return _renamed(text, ((real, shown) for shown, real in self._named.items()))
+
+
+def _renamed(text: str, names: Iterable[tuple[str, str]]) -> str:
+    for old, new in names:
+        end = r"\b" if old[-1].isalnum() else ""
+        text = re.sub(rf"(?<![\w.]){re.escape(old)}{end}", new, text)
+    return text
