@@ -57,7 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (world / "popular.txt").write_text("".join(f"{name}\n" for name in list(PASSAGES)[:4]))
     pairs = [{"query": query, "passage": text} for query in QUERIES.values() for text in PASSAGES.values()]
     write(world / "pairs.jsonl", pairs)
-    cut_scifact(world / "examples" / "scifact", 24)
+    cut_scifact(world / "examples" / "scifact", 8)
     shutil.copytree(world / "examples" / "scifact", world / "scifact")
     (world / "models").mkdir()
     for name in ("my-model", "KaLM-Embedding/KaLM-Reranker-V1-Nano"):
@@ -84,7 +84,7 @@ def cut_scifact(folder: Path, num_queries: int) -> None:
     kept = [row for row in judged if row[0] in queries]
     relevant = {row[1] for row in kept}
     (folder / "qrels.tsv").write_text("\n".join([header, *("\t".join(row) for row in kept)]) + "\n")
-    for name, wanted, others in (("queries", queries, 0), ("corpus", relevant, 2 * len(relevant))):
+    for name, wanted, others in (("queries", queries, 0), ("corpus", relevant, len(relevant))):
         with gzip.open(source / f"{name}.jsonl.gz", "rt") as rows:
             read = [(json.loads(line)["_id"], line) for line in rows]
         spare = itertools.islice((one for one, _ in read if one not in wanted), others)

@@ -145,7 +145,7 @@ class Terminal:
             assert running.wait_for(), f"line {step.line}: `{step.command}` does not end; it has shown:\n{running.shown}"
             self._see(step, running, step.seen, more=False)
             self._status = running.status or 0
-            assert may_fail or self._status == 0, f"line {step.line}: `{step.command}` exits with {self._status}"
+            assert may_fail or self._status == 0, f"line {step.line}: `{step.command}` exits with {self._status}:\n{running.shown}"
         finally:
             if running not in self._servers.values():
                 running.stop()
@@ -154,6 +154,7 @@ class Terminal:
         wanted = pattern(lines, more=more)
         running.wait_for(lambda shown: wanted.match(self._there(shown)) is not None)
         shown = self._there(running.shown)
+        shown += "\n" if shown and not shown.endswith("\n") else ""  # curl ends without one
         if wanted.match(shown) is None:
             page = "\n".join(lines)
             raise AssertionError(f"line {step.line}: `{step.command}`\n--- the page shows\n{page}\n--- seen\n{shown}")

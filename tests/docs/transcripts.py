@@ -13,7 +13,7 @@ by what is seen, standard output and error together. Nothing after a command mea
 - `preread serve` and `preread encode-worker` keep running, as in a terminal next to the others: only what follows them
   must have been seen. Another one of the same kind replaces them, so that they may have the same ports.
 - Blocks of a page run in order, in one directory. `<!-- console … -->` is a block that readers do not see.
-- A block of another language whose first line is a comment with the name of a file is that file.
+- A block of another language after the line `<!-- NAME -->` is the file of that name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 SERVERS = ("serve", "encode-worker")
 _FENCE = re.compile(r"^(?P<fence>```+)(?P<language>\w*)\s*$|^(?P<hidden><!-- console)$")
-_FILE = re.compile(r"(?:#|//) (?P<name>[\w-]+\.\w+)$")
+_FILE = re.compile(r"<!-- ([\w-]+\.\w+) -->")
 _ANSWERED = re.compile(r"(.*\[y/N\]: )(\w+)$")
 _SPAN = re.compile(r"(?<!`)`((?:preread|curl|grpcurl) [^`]*)`(?!`)")
 _COMMANDS = ("preread", "curl", "grpcurl")
@@ -75,12 +75,7 @@ class Block:
     language: str
     line: int
     lines: list[str]
-    hidden: bool = False
-
-    @property
-    def file(self) -> str | None:
-        found = _FILE.match(self.lines[0]) if self.lines and self.language not in ("console", "span") else None
-        return found["name"] if found else None
+    file: str | None = None
 
     def steps(self) -> list[Step]:
         """What a console block types. Raises ValueError where it begins with something that is seen."""
@@ -118,9 +113,10 @@ def blocks(page: Path) -> list[Block]:
                 found[-1].lines.append(line)
         elif opened := _FENCE.match(line):
             found += _spans(prose)
+            named = _FILE.fullmatch(prose[-1][1]) if prose else None
             closing, prose = opened["fence"] or "-->", []
             language = opened["language"] or ("console" if opened["hidden"] else "")
-            found.append(Block(language, number, [], hidden=bool(opened["hidden"])))
+            found.append(Block(language, number, [], file=named[1] if named else None))
         elif line.startswith("    "):
             found.append(Block("", number, [line.strip()]))
         else:
