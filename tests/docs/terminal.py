@@ -22,7 +22,7 @@ _WHERE = """
 case "$1" in
 serve) export PREREAD_PORT={50051} PREREAD_ENCODER_PORT=${PREREAD_ENCODER_PORT-{50052}} ;;
 encode-worker) export PREREAD_PORT={50052} ;;
-*) export PREREAD_ADDRESS=127.0.0.1:{50051} PREREAD_ENCODER_ADDRESS=127.0.0.1:{50052} ;;
+*) export PREREAD_ADDRESS=127.0.0.1:{50051} ;;
 esac
 """.strip()
 
