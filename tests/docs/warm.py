@@ -7,6 +7,8 @@ The forked process is what `preread` would be seconds later: it runs the command
 signals, ends with the caller, and hands on its exit status.
 """
 
+from __future__ import annotations
+
 import array
 import json
 import os
@@ -14,6 +16,11 @@ import select
 import signal
 import socket
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # the caller imports little: it starts once a command
+    from collections.abc import Callable
+    from typing import NoReturn
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Imported by a command's body, not by its module.
@@ -86,6 +93,7 @@ def watch(connection: socket.socket, command: int) -> None:
 def main() -> None:
     if len(sys.argv) > 2:
         sys.exit(ask(sys.argv[1], sys.argv[2:]))
+    import gc
     import importlib
 
     from preread_cli.main import _MODULES, main
@@ -95,8 +103,32 @@ def main() -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(sys.argv[1])
         listener.listen(32)
+        gc.freeze()  # a collection in a forked process would copy every page
         wait_for_a_command(listener)
-    main()
+    end_with(main)
+
+
+def end_with(main: Callable[[], None]) -> NoReturn:
+    """Run it, and end the process as Python does, but for freeing what was imported: that takes a second of copying."""
+    import atexit
+    import threading
+    import traceback
+
+    status: object = 0
+    try:
+        main()
+    except SystemExit as exc:
+        status = exc.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if not isinstance(status, int):
+        print(status, file=sys.stderr)  # noqa: T201
+    threading._shutdown()  # type: ignore[attr-defined]  # joins threads, and ends those of executors
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 1)
 
 
 if __name__ == "__main__":
