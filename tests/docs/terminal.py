@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from tests.docs.transcripts import Block, Step, pattern
 
+GRPCURL = Path(__file__).with_name("grpcurl.py")
 WARM = Path(__file__).with_name("warm.py")
 PATIENCE_SECONDS = 120
 PORTS = (50051, 50052, 8080, 9464)  # of gRPC, the encoder, HTTP and metrics, in pages
@@ -112,7 +114,10 @@ class Terminal:
         for shown, real in ports.items():
             where = where.replace(f"{{{shown}}}", str(real))
         (programs / "preread").write_text(f'#!/bin/sh\n{where}\n{call} "$@"\n')
-        (programs / "preread").chmod(0o755)
+        if shutil.which("grpcurl") is None:
+            (programs / "grpcurl").write_text(f'#!/bin/sh\nexec {sys.executable} {GRPCURL} "$@"\n')
+        for program in programs.iterdir():
+            program.chmod(0o755)
         own = {"PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(warm.socket.parent)}
         own |= {"LC_ALL": "C.UTF-8", "COLUMNS": "80", "TORCH_COMPILE_DISABLE": "1"}  # compiling takes seconds a server
         self._environment = {**os.environ, **own, "PYTHONUNBUFFERED": "1"}

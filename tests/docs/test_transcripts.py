@@ -82,7 +82,7 @@ def console(*lines: str) -> Block:
 
 def test_variables_the_status_and_answers_are_a_shells(terminal: Terminal) -> None:
     terminal.run(console("$ export GREETING=hello", "$ echo $GREETING; false", "hello", "$ echo $?", "1"))
-    terminal.run(console("$ read -p 'Sure? [y/N]: ' answer; echo \"it was $answer\"", "Sure? [y/N]: y", "it was y"))
+    terminal.run(console("$ printf 'Sure? [y/N]: '; read answer; echo \"it was $answer\"", "Sure? [y/N]: y", "it was y"))
 
 
 def test_ctrl_c_comes_once_what_is_above_it_was_seen(terminal: Terminal) -> None:

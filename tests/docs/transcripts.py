@@ -28,7 +28,7 @@ SERVERS = ("serve", "encode-worker")
 _FENCE = re.compile(r"^(?P<fence>```+)(?P<language>\w*)\s*$|^(?P<hidden><!-- console)$")
 _FILE = re.compile(r"<!-- ([\w-]+\.\w+) -->")
 _ANSWERED = re.compile(r"(.*\[y/N\]: )(\w+)$")
-_SPAN = re.compile(r"(?<!`)`((?:preread|curl|grpcurl) [^`]*)`(?!`)")
+_SPAN = re.compile(r"(?<!`)`((?:preread|curl|grpcurl)\s[^`]*)`(?!`)")
 _COMMANDS = ("preread", "curl", "grpcurl")
 # What varies, and as what it compares. The order counts: the first that matches a place is taken.
 _VARYING = (
