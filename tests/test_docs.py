@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 import click
@@ -12,6 +11,7 @@ import pytest
 
 from checkpoint.settings import CheckpointSettings
 from preread_cli.main import cli
+from tests.docs.transcripts import blocks, typed
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
@@ -19,25 +19,22 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "exam
 
 def shown_commands() -> list[object]:
     """`preread …` in code blocks and in code spans."""
-    found = []
-    for page in PAGES:
-        text = page.read_text()
-        blocks = re.findall(r"```\n(preread .*?)```", text, re.DOTALL) + re.findall(
-            r"^    (preread .*)$", text, re.MULTILINE
-        )
-        lines = [line for block in blocks for line in block.splitlines() if line]
-        for span in lines + re.findall(r"`(preread [^`\n]*)`", text):
-            found.append(pytest.param(span.split("  #")[0].strip(), id=f"{page.name}: {span[:60]}"))
-    return found
+    return [
+        pytest.param(words, id=f"{page.name}:{block.line}: {' '.join(words)[:60]}")
+        for page in PAGES
+        for block in blocks(page)
+        for command in block.commands()
+        for words in typed(command)
+    ]
 
 
 def parameters(command: click.Command) -> set[str]:
     return {flag for p in command.params if isinstance(p, click.Option) for flag in (*p.opts, *p.secondary_opts)}
 
 
-@pytest.mark.parametrize("line", shown_commands())
-def test_a_shown_command_exists_with_its_flags(line: str) -> None:
-    words = shlex.split(line)[1:]
+@pytest.mark.parametrize("words", shown_commands())
+def test_a_shown_command_exists_with_its_flags(words: list[str]) -> None:
+    words = words[1:]
     command: click.Command = cli
     while words and isinstance(command, click.Group):
         while words and words[0].startswith("-"):

@@ -7,7 +7,7 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,7 +90,9 @@ def cut_scifact(folder: Path, num_queries: int) -> None:
             read = [(json.loads(line)["_id"], line) for line in rows]
         spare = itertools.islice((one for one, _ in read if one not in wanted), others)
         chosen = wanted | set(spare)
-        (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress("".join(line for one, line in read if one in chosen).encode()))
+        (folder / f"{name}.jsonl.gz").write_bytes(
+            gzip.compress("".join(line for one, line in read if one in chosen).encode())
+        )
 
 
 @pytest.fixture(scope="session")

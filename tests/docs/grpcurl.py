@@ -1,4 +1,4 @@
-"""`grpcurl` as far as pages use it, for machines without it: -plaintext, -d, `list`, and calls by the server's reflection."""
+"""`grpcurl` as far as pages use it, for machines without it: `list`, and calls of what the server's reflection names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def main() -> None:
     given = parser.parse_args()
     with grpc.insecure_channel(given.address) as channel:
         reflection = ProtoReflectionDescriptorDatabase(channel)
-        said = reflection.get_services() if given.method == "list" else call(channel, reflection, given.method, given.data)
+        said = (
+            reflection.get_services() if given.method == "list" else call(channel, reflection, given.method, given.data)
+        )
         for line in said:
             sys.stdout.write(f"{line}\n")
 

@@ -1,4 +1,4 @@
-"""A reader's machine for transcripts: real bash, curl, ports, stores and signals; only `preread` has been imported before."""
+"""A reader's machine for transcripts: real bash, curl, ports, stores and signals; only `preread` is imported before."""
 
 from __future__ import annotations
 
@@ -118,7 +118,10 @@ class Terminal:
             (programs / "grpcurl").write_text(f'#!/bin/sh\nexec {sys.executable} {GRPCURL} "$@"\n')
         for program in programs.iterdir():
             program.chmod(0o755)
-        own = {"PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(warm.socket.parent)}
+        own = {
+            "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(warm.socket.parent),
+        }
         own |= {"LC_ALL": "C.UTF-8", "COLUMNS": "80", "TORCH_COMPILE_DISABLE": "1"}  # compiling takes seconds a server
         self._environment = {**os.environ, **own, "PYTHONUNBUFFERED": "1"}
 
@@ -147,10 +150,14 @@ class Terminal:
                 self._see(step, running, step.seen, more=True)
                 self._servers[step.server] = running
                 return
-            assert running.wait_for(), f"line {step.line}: `{step.command}` does not end; it has shown:\n{running.shown}"
+            assert running.wait_for(), (
+                f"line {step.line}: `{step.command}` does not end; it has shown:\n{running.shown}"
+            )
             self._see(step, running, step.seen, more=False)
             self._status = running.status or 0
-            assert may_fail or self._status == 0, f"line {step.line}: `{step.command}` exits with {self._status}:\n{running.shown}"
+            assert may_fail or self._status == 0, (
+                f"line {step.line}: `{step.command}` exits with {self._status}:\n{running.shown}"
+            )
         finally:
             if running not in self._servers.values():
                 running.stop()

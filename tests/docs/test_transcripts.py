@@ -82,7 +82,9 @@ def console(*lines: str) -> Block:
 
 def test_variables_the_status_and_answers_are_a_shells(terminal: Terminal) -> None:
     terminal.run(console("$ export GREETING=hello", "$ echo $GREETING; false", "hello", "$ echo $?", "1"))
-    terminal.run(console("$ printf 'Sure? [y/N]: '; read answer; echo \"it was $answer\"", "Sure? [y/N]: y", "it was y"))
+    terminal.run(
+        console("$ printf 'Sure? [y/N]: '; read answer; echo \"it was $answer\"", "Sure? [y/N]: y", "it was y")
+    )
 
 
 def test_ctrl_c_comes_once_what_is_above_it_was_seen(terminal: Terminal) -> None:
@@ -101,6 +103,8 @@ def test_a_page_that_is_wrong_is_told(lines: tuple[str, ...], terminal: Terminal
 def test_a_server_runs_until_the_next_of_its_kind(terminal: Terminal) -> None:
     serve = "$ preread serve --http-port 8080 --no-encoder"
     terminal.run(console(serve, "...", "http         http://127.0.0.1:8080", "ready in 1.0 s"))
-    terminal.run(console("$ curl -s -o seen.json localhost:8080/health", "$ preread health", "127.0.0.1:50051 is ready"))
+    terminal.run(
+        console("$ curl -s -o seen.json localhost:8080/health", "$ preread health", "127.0.0.1:50051 is ready")
+    )
     terminal.run(console(serve, "...", "ready in 1.0 s", "^C", "stopping     calls in flight have 30 s to finish"))
     terminal.run(console("$ curl -s localhost:8080/health", "$ echo $?", "7"))

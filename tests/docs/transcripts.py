@@ -1,7 +1,7 @@
 """Console transcripts in Markdown pages: what is typed, and what must be seen.
 
-A block of the language `console` holds commands, `$ command` (continued by lines `> …`, as bash shows them), each followed
-by what is seen, standard output and error together. Nothing after a command means that nothing is seen.
+A block of the language `console` holds commands, `$ command` (continued by lines `> …`, as bash shows them), each
+followed by what is seen, standard output and error together. Nothing after a command means that nothing is seen.
 
 - `...` in a line stands for any text; alone in a line, for any lines.
 - Spaces compare as any run of spaces: widths of columns vary.
@@ -37,7 +37,9 @@ _VARYING = (
     r"[-+−]?\d[\d,]*\.\d+(?:e-?\d+)?",
     r"\d[\d,]*(?= (?:ms|s)\b| \w+/s)",
 )
-_TOKEN = re.compile("|".join([r"(?P<any>\.\.\.)", r"(?P<space> +)", *(f"(?P<v{n}>{one})" for n, one in enumerate(_VARYING))]))
+_TOKEN = re.compile(
+    "|".join([r"(?P<any>\.\.\.)", r"(?P<space> +)", *(f"(?P<v{n}>{one})" for n, one in enumerate(_VARYING))])
+)
 
 
 @dataclass
@@ -135,7 +137,9 @@ def _spans(prose: list[tuple[int, str]]) -> Iterator[Block]:
 
 def typed(command: str) -> list[list[str]]:
     """The `preread …` commands in a line of bash, as lists of words."""
-    lexer = shlex.shlex(re.sub(r"<<'?(\w+)'?\n.*\n\1", "", command, flags=re.DOTALL), posix=True, punctuation_chars=True)
+    lexer = shlex.shlex(
+        re.sub(r"<<'?(\w+)'?\n.*\n\1", "", command, flags=re.DOTALL), posix=True, punctuation_chars=True
+    )
     lexer.whitespace_split = True
     runs: list[list[str]] = [[]]
     for word in lexer:

@@ -3,8 +3,8 @@
     python warm.py SOCKET                     imports, listens, and forks
     python -IS warm.py SOCKET preread WORDS   the command: hands over its streams, directory and environment
 
-The forked process is what `preread` would be seconds later: it runs the command's own main() on the caller's streams. It gets the caller's
-signals, ends with the caller, and hands on its exit status.
+The forked process is what `preread` would be seconds later: it runs the command's main() on the caller's streams. It
+gets the caller's signals, ends with the caller, and hands on its exit status.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # the caller imports little: it starts once a command
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Imported by a command's body, not by its module.
 HEAVY = (
-    "torch", "transformers", "transformers.models.auto.modeling_auto", "transformers.models.t5gemma2", "faiss", "redis",
-    "cache.faiss.store", "cache.redis.store", "encoder_worker.server", "encoder_worker.indexing", "decoder_server.server",
+    "torch", "transformers", "transformers.models.auto.modeling_auto", "transformers.models.t5gemma2", "faiss", 
+    "redis", "cache.faiss.store", "cache.redis.store", "encoder_worker.server", "encoder_worker.indexing", "decoder_server.server",
     "decoder_server.models", "preread_cli.process", "tuning.health", "tuning.sweep", "bm25s", "ir_measures",
     "pyarrow.parquet", "matplotlib.pyplot",
 )  # fmt: skip
