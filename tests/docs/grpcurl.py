@@ -1,4 +1,4 @@
-"""`grpcurl` as far as pages use it, for machines without it: `list`, and calls of what the server's reflection names."""
+"""`grpcurl` as far as pages use it, for machines without it: `list`, and calls by the server's reflection."""
 
 from __future__ import annotations
 

@@ -25,10 +25,10 @@ if TYPE_CHECKING:  # the caller imports little: it starts once a command
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Imported by a command's body, not by its module.
 HEAVY = (
-    "torch", "transformers", "transformers.models.auto.modeling_auto", "transformers.models.t5gemma2", "faiss", 
-    "redis", "cache.faiss.store", "cache.redis.store", "encoder_worker.server", "encoder_worker.indexing", "decoder_server.server",
-    "decoder_server.models", "preread_cli.process", "tuning.health", "tuning.sweep", "bm25s", "ir_measures",
-    "pyarrow.parquet", "matplotlib.pyplot",
+    "torch", "transformers", "transformers.models.auto.modeling_auto", "transformers.models.t5gemma2", "faiss", "redis",
+    "cache.faiss.store", "cache.redis.store", "encoder_worker.server", "encoder_worker.indexing", "bm25s",
+    "decoder_server.server", "decoder_server.models", "preread_cli.process", "tuning.health", "tuning.sweep",
+    "ir_measures", "pyarrow.parquet", "matplotlib.pyplot",
 )  # fmt: skip
 
 
