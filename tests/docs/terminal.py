@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -106,16 +107,16 @@ class Terminal:
         self._named = dict(named) | {str(shown): str(real) for shown, real in ports.items()}
         self._servers: dict[str, Running] = {}
         self._status = 0
-        self._kept = directory / ".exported"
+        self._kept = shlex.quote(str(directory / ".exported"))
         programs = directory / ".bin"
         programs.mkdir()
-        call = f"exec {sys.executable} -IS {WARM} {warm.socket} preread"
+        call = shlex.join(["exec", sys.executable, "-IS", str(WARM), str(warm.socket), "preread"])
         where = _WHERE
         for shown, real in ports.items():
             where = where.replace(f"{{{shown}}}", str(real))
         (programs / "preread").write_text(f'#!/bin/sh\n{where}\n{call} "$@"\n')
         if shutil.which("grpcurl") is None:
-            (programs / "grpcurl").write_text(f'#!/bin/sh\nexec {sys.executable} {GRPCURL} "$@"\n')
+            (programs / "grpcurl").write_text(f'#!/bin/sh\n{shlex.join(["exec", sys.executable, str(GRPCURL)])} "$@"\n')
         for program in programs.iterdir():
             program.chmod(0o755)
         own = {
@@ -148,8 +149,9 @@ class Terminal:
                 running.signal(signal.SIGINT)
             if step.server is not None and not step.interrupted:
                 self._see(step, running, step.seen, more=True)
-                self._servers[step.server] = running
-                return
+                if running.status is None:
+                    self._servers[step.server] = running
+                    return
             assert running.wait_for(), (
                 f"line {step.line}: `{step.command}` does not end; it has shown:\n{running.shown}"
             )
