@@ -44,12 +44,13 @@ class StoredPassage:
 
 
 class Collection:
-    """One collection, bound to the name behind the alias it was opened by; open it again to follow a moved alias."""
+    """One collection, whatever it is called later; open it again to follow a moved alias."""
 
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store = store
         self.manifest = manifest
         self.name = manifest.collection
+        self.storage_name = manifest.storage_name
         self.codec = manifest.make_codec()
         self._binding = manifest.binding
         self._unjudged = (0, 0)  # states and clipped numbers of writes too small to be judged alone
@@ -61,7 +62,7 @@ class Collection:
         Encoder, ratio, codec and text keeping must agree; else EncoderMismatch or CollectionExists names both sides.
         """
         try:
-            store.write_manifest(manifest)
+            manifest = store.write_manifest(manifest)
         except errors.CollectionExists:
             existing = store.read_manifest(manifest.collection)
             if existing is None or not exist_ok:
@@ -80,8 +81,9 @@ class Collection:
         cls, store: Store, name_or_alias: str, *, fingerprint: str | None = None, checkpoint: str = ""
     ) -> "Collection":
         """Open by name or alias, for an encoder of that fingerprint and name (else EncoderMismatch) or to read only."""
-        name = store.resolve(name_or_alias)
-        manifest = store.read_manifest(name)
+        name, before = store.resolve(name_or_alias), None
+        while (manifest := store.read_manifest(name)) is None and name != before:
+            name, before = store.resolve(name_or_alias), name  # it may have been renamed since the alias was read
         if manifest is None:
             known = ", ".join(store.list_collections()) or "none"
             raise errors.CollectionNotFound(f"collection: {name_or_alias!r} does not exist, the store has: {known}")
@@ -122,7 +124,7 @@ class Collection:
             )
             for passage, rows, num_clipped in zip(passages, np.split(codes, ends), clipped, strict=True)
         }
-        self.store.put_many(self.name, records)
+        self.store.put_many(self.storage_name, records)
         self._unjudged = judged if judged[0] < _MIN_JUDGED_STATES else (0, 0)
         return clipped
 
@@ -145,10 +147,10 @@ class Collection:
         return [one.text_digest if one is not None and one.binding == self._binding else None for one in headers]
 
     def delete_many(self, passage_ids: Sequence[str]) -> int:
-        return self.store.delete_many(self.name, [id_ for id_ in passage_ids if is_passage_id(id_)])
+        return self.store.delete_many(self.storage_name, [id_ for id_ in passage_ids if is_passage_id(id_)])
 
     def stats(self) -> StoreStats:
-        return self.store.stats(self.name)
+        return self.store.stats(self.storage_name)
 
     def scan(self) -> Iterator[tuple[str, PassageStates | Damaged]]:
         return ((passage_id, states) for passage_id, _, states in self._scan())
@@ -174,15 +176,15 @@ class Collection:
             after = after[_TOKEN_CHECKSUM.size :]
             if not after or page_token != self._page_token(after):
                 raise errors.InvalidPageToken(f"no token of collection {self.name!r}")
-        ids, after = self.store.list_ids(self.name, limit, after)
+        ids, after = self.store.list_ids(self.storage_name, limit, after)
         return ids, self._page_token(after) if after else ""
 
     def _page_token(self, after: bytes) -> str:
-        checksum = xxhash.xxh3_64_intdigest(f"{self.name}:{self._binding}:".encode() + after)
+        checksum = xxhash.xxh3_64_intdigest(f"{self.storage_name}:{self._binding}:".encode() + after)
         return base64.urlsafe_b64encode(_TOKEN_CHECKSUM.pack(checksum) + after).decode()
 
     def _scan(self) -> Iterator[tuple[str, Record | Damaged, PassageStates | Damaged]]:
-        records = self.store.scan(self.name)
+        records = self.store.scan(self.storage_name)
         while batch := list(islice(records, _SCAN_BATCH_PASSAGES)):
             found = [self._fitting(passage_id, record) for passage_id, record in batch]
             for (passage_id, record), states in zip(batch, decode_all(found), strict=True):
@@ -192,7 +194,7 @@ class Collection:
     def _read(self, read: Callable[[str, list[str]], list[_T]], passage_ids: Sequence[str]) -> list[_T | None]:
         # An id that cannot exist costs itself only: it is missing.
         possible = [passage_id for passage_id in passage_ids if is_passage_id(passage_id)]
-        found = dict(zip(possible, read(self.name, possible), strict=True))
+        found = dict(zip(possible, read(self.storage_name, possible), strict=True))
         return [found.get(passage_id) for passage_id in passage_ids]
 
     def _fitting(self, passage_id: str, record: Record | Damaged | None) -> EncodedPassage | Damaged | None:

@@ -2,23 +2,26 @@
 
 A collection is told by its `identity`, 128 random bits: shards that are to be merged are created with one, and it stays
 over copy, export and rename. Version 1 has none; such a collection is read, and written with records of version 1.
+A store finds its passages by `storage_name`, which stays over a rename too, so a rename rewrites the manifest alone.
 """
 
 import base64
 import json
 import re
 import secrets
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Container
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import xxhash
 
 from cache import DEFAULT_CODEC
 from cache.codecs import Codec
-from cache.errors import CacheError, ManifestError
-from cache.record import check_name
+from cache.errors import CacheError, InvalidName, ManifestError
+from cache.record import check_name, check_storage_name, new_storage_name
 
 MANIFEST_VERSION = 2
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
@@ -30,7 +33,7 @@ _OF_ENCODER = ("fingerprint", "checkpoint", "dim", "max_passage_tokens", "passag
 class Manifest:
     """One encoder identity, one stored ratio, one codec. Raises ManifestError, naming a field that breaks a rule."""
 
-    collection: str
+    collection: str  # its name now
     fingerprint: str  # of the encoder (weights, tokenizer, template, limits, pooling); states of two never mix
     checkpoint: str  # the name the encoder was opened by, for people
     dim: int
@@ -44,12 +47,14 @@ class Manifest:
     created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))  # ISO 8601
     version: int = MANIFEST_VERSION
     identity: str = field(default_factory=partial(secrets.token_hex, 16))  # 32 hex digits; empty in version 1
+    storage_name: str = ""  # that a store keeps its passages under: the name it was created by, unless that was taken
 
     def __post_init__(self) -> None:
         for spec in fields(self):
             if type(value := getattr(self, spec.name)) is not spec.type:
                 raise ManifestError(f"{spec.name}: {value!r:.80}, expected {getattr(spec.type, '__name__', spec.type)}")
         _check_version(self.version)
+        object.__setattr__(self, "storage_name", self.storage_name or self.collection)
         if self.version == 1:
             object.__setattr__(self, "identity", "")
         elif not _IDENTITY.fullmatch(self.identity):
@@ -61,6 +66,7 @@ class Manifest:
                 raise ManifestError(f"{name}: {getattr(self, name)}, expected at least 1")
         try:
             check_name("collection", self.collection)
+            check_storage_name(self.storage_name)
             self.make_codec()
         except CacheError as exc:
             raise ManifestError(str(exc)) from exc
@@ -70,14 +76,19 @@ class Manifest:
         """A manifest of an `EncoderIdentity`; `rest` are the other fields."""
         return cls(**{name: getattr(encoder, name) for name in _OF_ENCODER}, **rest)
 
+    def stored(self, taken: Container[str]) -> Self:
+        """As it is created next to collections with these storage names."""
+        is_taken = self.collection in taken
+        return replace(self, storage_name=new_storage_name() if is_taken else self.collection)
+
     def make_codec(self) -> Codec:
         return Codec.from_table(self.codec, self.dim, self.codec_table)
 
     @property
     def binding(self) -> int:
         """64 bits in every record, of the identity and all that decides how codes are read; in version 1 of JSON."""
-        if self.version == 1:
-            return xxhash.xxh3_64_intdigest(self.to_json())
+        if self.version == 1:  # as it was created
+            return xxhash.xxh3_64_intdigest(replace(self, collection=self.storage_name).to_json())
         bound = (self.identity, self.fingerprint, self.dim, self.compression_ratio, self.codec, self.codec_table.hex())
         return xxhash.xxh3_64_intdigest(json.dumps(bound).encode())
 
@@ -86,6 +97,8 @@ class Manifest:
         values: dict[str, Any] = asdict(self)
         if self.version == 1:
             del values["identity"]
+        if self.storage_name == self.collection:  # software from before it existed reads all but renamed collections
+            del values["storage_name"]
         values["codec_table"] = base64.b64encode(self.codec_table).decode()
         values["checksum"] = _checksum(values)
         return json.dumps(values, ensure_ascii=False, indent=1).encode()
@@ -103,6 +116,7 @@ class Manifest:
         if values.pop("checksum", None) != _checksum(values):
             raise ManifestError("manifest: checksum does not match its content")
         expected = {spec.name for spec in fields(cls)} - ({"identity"} if values["version"] == 1 else set())
+        values.setdefault("storage_name", values.get("collection"))
         if unexpected := values.keys() ^ expected:
             raise ManifestError(f"manifest: missing or unknown fields {sorted(unexpected)}")
         try:
@@ -113,6 +127,14 @@ class Manifest:
         if collection is not None and manifest.collection != collection:
             raise ManifestError(f"collection: {manifest.collection!r}, expected {collection!r}")
         return manifest
+
+
+def storage_name_of(manifest: bytes, collection: str) -> str:
+    """The storage name of a collection whose manifest may be damaged, as far as it is legible."""
+    if b'"storage_name"' in manifest:  # else it was never renamed
+        with suppress(ValueError, AttributeError, RecursionError, InvalidName):
+            return check_storage_name(str(json.loads(manifest).get("storage_name")))
+    return collection
 
 
 def _check_version(version: object) -> None:

@@ -4,11 +4,12 @@ import heapq
 import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
-from cache.store import Store, StoreStats
+from cache.store import Store, StoreStats, aliases_of_renamed
 
 
 class MemoryStore(Store):
@@ -41,56 +42,58 @@ class MemoryStore(Store):
             if num_openers > 1:
                 self._shared[self._name] = (store, num_openers - 1)
 
-    def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
+    def put_many(self, storage_name: str, records: Mapping[str, Record]) -> None:
         packed = {id_: record.pack(passage_id_bytes(id_)) for id_, record in records.items()}
         with self._lock:
-            self._require(collection)
-            self._values[collection].update(packed)
-            self._touch(collection)
+            if storage_name not in self._values:
+                raise CollectionNotFound(f"collection: {storage_name!r} does not exist in this store")
+            self._values[storage_name].update(packed)
+            self._touch(storage_name)
 
-    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
-        return list(map(Record.checked, passage_ids, self._find(collection, passage_ids)))
+    def get_many(self, storage_name: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+        return list(map(Record.checked, passage_ids, self._find(storage_name, passage_ids)))
 
-    def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
+    def delete_many(self, storage_name: str, passage_ids: Sequence[str]) -> int:
         with self._lock:
-            values = self._values.get(collection, {})
+            values = self._values.get(storage_name, {})
             num_deleted = sum(values.pop(passage_id, None) is not None for passage_id in passage_ids)
             if num_deleted:
-                self._touch(collection)
+                self._touch(storage_name)
             return num_deleted
 
-    def headers_many(self, collection: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
-        return list(map(Header.checked, passage_ids, self._find(collection, passage_ids)))
+    def headers_many(self, storage_name: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
+        return list(map(Header.checked, passage_ids, self._find(storage_name, passage_ids)))
 
-    def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
-        for passage_id in self._ids(collection):
-            (record,) = self.get_many(collection, [passage_id])
+    def scan(self, storage_name: str) -> Iterator[tuple[str, Record | Damaged]]:
+        for passage_id in self._ids(storage_name):
+            (record,) = self.get_many(storage_name, [passage_id])
             if record is not None:
                 yield passage_id, record
 
-    def list_ids(self, collection: str, limit: int, after: bytes = b"") -> tuple[list[str], bytes]:
+    def list_ids(self, storage_name: str, limit: int, after: bytes = b"") -> tuple[list[str], bytes]:
         with self._lock:
-            later = (one for id_ in self._values.get(collection, {}) if (one := id_.encode()) > after)
+            later = (one for id_ in self._values.get(storage_name, {}) if (one := id_.encode()) > after)
             page = heapq.nsmallest(limit + 1, later)
         return [one.decode() for one in page[:limit]], page[limit - 1] if len(page) > limit else b""
 
-    def stats(self, collection: str) -> StoreStats:
-        return StoreStats.of(self.headers_many(collection, self._ids(collection)))
+    def stats(self, storage_name: str) -> StoreStats:
+        return StoreStats.of(self.headers_many(storage_name, self._ids(storage_name)))
 
-    def generation(self, collection: str) -> int:
-        return self._generations.get(collection, 0)
+    def generation(self, storage_name: str) -> int:
+        return self._generations.get(storage_name, 0)
 
     def read_manifest(self, collection: str) -> Manifest | None:
         return self._manifests.get(collection)
 
-    def write_manifest(self, manifest: Manifest) -> None:
+    def write_manifest(self, manifest: Manifest) -> Manifest:
         with self._lock:
             name = manifest.collection
             if name in self._manifests or name in self._aliases:
                 raise CollectionExists(f"collection: {name!r} already exists in this store")
-            self._manifests[name] = manifest
-            self._values[name] = {}
-            self._touch(name)
+            manifest = manifest.stored(self._values)
+            self._manifests[name], self._values[manifest.storage_name] = manifest, {}
+            self._touch(manifest.storage_name)
+            return manifest
 
     def list_collections(self) -> list[str]:
         with self._lock:
@@ -100,8 +103,16 @@ class MemoryStore(Store):
         with self._lock:
             self._require(collection)
             CollectionInUse.check(collection, self._aliases)
-            del self._manifests[collection], self._values[collection]
-            self._touch(collection)
+            storage_name = self._manifests.pop(collection).storage_name
+            del self._values[storage_name]
+            self._touch(storage_name)
+
+    def rename_collection(self, collection: str, name: str, alias: str | None = None) -> list[str]:
+        with self._lock:
+            aliases = aliases_of_renamed(collection, name, alias, self._manifests, self._aliases)
+            self._manifests[name] = replace(self._manifests.pop(collection), collection=name)
+            self._aliases |= dict.fromkeys(aliases, name)
+            return aliases
 
     def aliases(self) -> dict[str, str]:
         with self._lock:
@@ -123,14 +134,14 @@ class MemoryStore(Store):
         if collection not in self._manifests:
             raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
 
-    def _ids(self, collection: str) -> list[str]:
+    def _ids(self, storage_name: str) -> list[str]:
         with self._lock:
-            return list(self._values.get(collection, {}))
+            return list(self._values.get(storage_name, {}))
 
-    def _find(self, collection: str, passage_ids: Sequence[str]) -> list[bytes | None]:
+    def _find(self, storage_name: str, passage_ids: Sequence[str]) -> list[bytes | None]:
         with self._lock:
-            values = self._values.get(collection, {})
+            values = self._values.get(storage_name, {})
             return [values.get(passage_id) for passage_id in passage_ids]
 
-    def _touch(self, collection: str) -> None:
-        self._generations[collection] = next(self._next_generation)
+    def _touch(self, storage_name: str) -> None:
+        self._generations[storage_name] = next(self._next_generation)

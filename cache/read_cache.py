@@ -94,6 +94,7 @@ class _StoreWrapper(Store):
     write_manifest = _forwarded(Store.write_manifest)
     list_collections = _forwarded(Store.list_collections)
     drop_collection = _forwarded(Store.drop_collection)
+    rename_collection = _forwarded(Store.rename_collection)
     aliases = _forwarded(Store.aliases)
     set_alias = _forwarded(Store.set_alias)
     remove_alias = _forwarded(Store.remove_alias)

@@ -12,6 +12,7 @@ collection and codec. Version 1, read everywhere and written only into collectio
 """
 
 import re
+import secrets
 import struct
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -32,6 +33,7 @@ _TRUNCATED, _HAS_TEXT = 1, 2
 
 MAX_PASSAGE_ID_BYTES = 512
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_STORAGE_NAME = re.compile(r"~[0-9a-f]{32}")
 
 
 def passage_id_bytes(passage_id: str) -> bytes:
@@ -53,6 +55,16 @@ def is_passage_id(passage_id: str) -> bool:
         return bool(passage_id_bytes(passage_id))
     except InvalidName:
         return False
+
+
+def new_storage_name() -> str:
+    """One that no collection has, nor can have as its name."""
+    return f"~{secrets.token_hex(16)}"
+
+
+def check_storage_name(name: str) -> str:
+    """A collection's name, or what `new_storage_name` made; else raises InvalidName."""
+    return name if _STORAGE_NAME.fullmatch(name) else check_name("collection", name)
 
 
 def check_name(field: str, name: str) -> str:

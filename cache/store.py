@@ -1,12 +1,17 @@
-"""Store: the contract of a place for records, by collection and passage id (tests/cache/test_store_contract.py)."""
+"""Store: the contract of a place for records, by collection and passage id (tests/cache/test_store_contract.py).
+
+Methods about passages take the collection's storage name (`Manifest.storage_name`), so that a collection that is open
+stays readable and writable when it is renamed; methods about names take the name it has now.
+"""
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from cache.errors import CollectionExists, CollectionNotFound
 from cache.manifest import Manifest
-from cache.record import Damaged, Header, Record
+from cache.record import Damaged, Header, Record, check_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,32 +51,33 @@ class Audit:
 class Store(ABC):
     """Records by collection and passage id. Synchronous and thread-safe.
 
+    `storage_name` is that of a collection's manifest: its name, unless it or an earlier one of its name was renamed.
     Reading from a collection that does not exist finds nothing; writing to one raises CollectionNotFound. Ids and names
     out of bounds raise InvalidName. All methods may raise StoreUnavailable and the other store errors of errors.py.
     """
 
     @abstractmethod
-    def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
+    def put_many(self, storage_name: str, records: Mapping[str, Record]) -> None:
         """Write records, replacing what was there. Each is whole or absent; on return all are durable and readable."""
 
     @abstractmethod
-    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+    def get_many(self, storage_name: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
         """One entry per id, in order: the record, Damaged where its bytes fail a check, None where there is none."""
 
     @abstractmethod
-    def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
+    def delete_many(self, storage_name: str, passage_ids: Sequence[str]) -> int:
         """Remove passages; returns how many were there."""
 
     @abstractmethod
-    def headers_many(self, collection: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
+    def headers_many(self, storage_name: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
         """The stored header per id, None where there is no whole one; `bulk`: within a writer's time budget."""
 
     @abstractmethod
-    def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
+    def scan(self, storage_name: str) -> Iterator[tuple[str, Record | Damaged]]:
         """Every passage once, in no particular order. Passages written or deleted meanwhile may or may not be seen."""
 
     @abstractmethod
-    def list_ids(self, collection: str, limit: int, after: bytes = b"") -> tuple[list[str], bytes]:
+    def list_ids(self, storage_name: str, limit: int, after: bytes = b"") -> tuple[list[str], bytes]:
         """Passage ids in the store's own order, and `after` of the next page; b"" with the last. Reads no records.
 
         A page has about `limit` ids: at times fewer, none even, or some more. Raises InvalidPageToken for an `after`
@@ -79,7 +85,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def stats(self, collection: str) -> StoreStats: ...
+    def stats(self, storage_name: str) -> StoreStats: ...
 
     def audit(self, collection: str) -> Audit:
         """Look for damage that reading the passages of a collection does not show; reads no states."""
@@ -90,15 +96,18 @@ class Store(ABC):
         return []
 
     @abstractmethod
-    def generation(self, collection: str) -> int:
+    def generation(self, storage_name: str) -> int:
         """A number that changes with every write to or drop of the collection; a read cache compares it."""
 
     @abstractmethod
     def read_manifest(self, collection: str) -> Manifest | None: ...
 
     @abstractmethod
-    def write_manifest(self, manifest: Manifest) -> None:
-        """Create the collection `manifest.collection`; raises CollectionExists, also where an alias has that name."""
+    def write_manifest(self, manifest: Manifest) -> Manifest:
+        """Create the collection `manifest.collection`; its manifest, with the storage name that was free.
+
+        Raises CollectionExists, also where an alias has that name.
+        """
 
     @abstractmethod
     def list_collections(self) -> list[str]:
@@ -107,6 +116,14 @@ class Store(ABC):
     @abstractmethod
     def drop_collection(self, collection: str) -> None:
         """Remove a collection with all its passages. Raises CollectionNotFound, CollectionInUse by an alias."""
+
+    @abstractmethod
+    def rename_collection(self, collection: str, name: str, alias: str | None = None) -> list[str]:
+        """Give a collection another name; its aliases follow, and `alias`, often the old name, becomes one of them.
+
+        No passage is rewritten, and readers find the collection by the old or the new name at every moment. Returns its
+        aliases. Raises CollectionNotFound, and CollectionExists where `name` or `alias` is taken.
+        """
 
     @abstractmethod
     def aliases(self) -> dict[str, str]:
@@ -130,6 +147,29 @@ class Store(ABC):
 
     @abstractmethod
     def close(self) -> None: ...
+
+
+def aliases_of_renamed(
+    collection: str, name: str, alias: str | None, names: Container[str], aliases: Mapping[str, str]
+) -> list[str]:
+    """What `rename_collection` points at the new name, given all names and aliases; raises what it raises."""
+    check_name("collection", name)
+    if collection not in names:
+        is_alias = f" is an alias of {aliases[collection]!r};" if collection in aliases else ""
+        raise CollectionNotFound(
+            f"collection: {collection!r}{is_alias or ' does not exist in this store;'} expected "
+            "the name of a collection"
+        )
+    if name in names or name in aliases:
+        raise CollectionExists(f"collection: {name!r} already exists in this store")
+    moved = {one for one, target in aliases.items() if target in (collection, name)}
+    if alias is not None and check_name("alias", alias) not in moved:
+        if alias == name or (alias in names and alias != collection):
+            raise CollectionExists(f"alias: {alias!r} is the name of a collection")
+        if alias in aliases:
+            raise CollectionExists(f"alias: {alias!r} points at {aliases[alias]!r}; expected a name that is free")
+        moved.add(alias)
+    return sorted(moved)
 
 
 _SHOWN_HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[\w.-]+)(?::\d{1,5})?"

@@ -86,7 +86,7 @@ class Intake:
         cut = [False] * len(ids)
         if self.options.split and collection.stats().num_truncated:
             # The same text, but stored cut by a run without `split`.
-            headers = collection.store.headers_many(collection.name, ids, bulk=True)
+            headers = collection.store.headers_many(collection.storage_name, ids, bulk=True)
             cut = [header is not None and header.truncated for header in headers]
         return [
             one

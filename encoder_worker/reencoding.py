@@ -70,9 +70,9 @@ def reencode(
     stop, store, target = stop or threading.Event(), source.store, _Successor(source, into, codec)
     run = Reencoding(source, target, load, stop, on_progress, limits or PipelineLimits(), IndexReport(into))
     for _ in range(_MAX_PASSES):
-        generation = store.generation(source.name)
+        generation = store.generation(source.storage_name)
         run.take_over()
-        if stop.is_set() or store.generation(source.name) == generation:
+        if stop.is_set() or store.generation(source.storage_name) == generation:
             break
     else:
         run.overtaken = True
@@ -108,7 +108,7 @@ class Reencoding:
 
     def take_over(self) -> None:
         """Every passage that the target does not hold as it is now; then drops there what the source lost."""
-        scan = self.source.store.scan(self.source.name)
+        scan = self.source.store.scan(self.source.storage_name)
         # In the order of a hash: the first of them are a fair sample to train on, the same in every run.
         ids = sorted((one for one, _ in scan), key=lambda one: xxhash.xxh3_64_intdigest(one.encode()))
         self.num_passages, self.needs_input, self.damaged = len(ids), [], []
@@ -125,9 +125,9 @@ class Reencoding:
         # A codec is not trained on the few states of an interrupted run, because its table would stay.
         if group.upserts and not (self.stop.is_set() and self.target.num_training_states):
             self._write(group)
-        if not self.stop.is_set() and self.target.collection is not None:
-            gone = {passage_id for passage_id, _ in self.target.store.scan(self.target.name)} - set(ids)
-            self.target.collection.delete_many(sorted(gone))
+        if not self.stop.is_set() and (target := self.target.collection) is not None:
+            gone = {passage_id for passage_id, _ in target.store.scan(target.storage_name)} - set(ids)
+            target.delete_many(sorted(gone))
 
     def _write(self, group: WriteGroup) -> None:
         group.write(self.target, self.limits)
@@ -135,7 +135,7 @@ class Reencoding:
 
     def _chunk(self, ids: Sequence[str]) -> Iterator[Upsert]:
         """Passages with the states to write."""
-        records = self.source.store.get_many(self.source.name, ids)
+        records = self.source.store.get_many(self.source.storage_name, ids)
         held = [None] * len(ids) if self.target.collection is None else self.target.collection.digests(ids)
         todo: list[tuple[Upsert, Tokenized]] = []
         for passage_id, record, states, digest in zip(ids, records, self.source.get_many(ids), held, strict=True):

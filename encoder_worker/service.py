@@ -256,7 +256,7 @@ def _collections(store: Store, name: str) -> list[common_pb2.CollectionInfo]:
         try:
             if (manifest := store.read_manifest(one)) is None:  # dropped a moment ago
                 continue
-            stats = store.stats(one)
+            stats = store.stats(manifest.storage_name)
         except store_errors.StoreDamaged as exc:
             if name:
                 raise

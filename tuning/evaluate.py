@@ -44,7 +44,7 @@ class Experiment:
         self.checkpoint = open_checkpoint(self.model, self.judged.stored)
         stored = self.judged.stored
         if not self.judged.passages and stored is not None:  # the texts that it keeps; states are not decoded
-            records = stored.store.scan(stored.name)
+            records = stored.store.scan(stored.storage_name)
             texts = {p: one.text for p, one in records if isinstance(one, Record) and one.text is not None}
             self.judged = replace(self.judged, passages=dict(sorted(texts.items())))
         self.judged = self.judged.sample(self.settings.max_queries, self.settings.seed)

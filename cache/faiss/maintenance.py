@@ -168,10 +168,11 @@ def rebuild(catalogue: CatalogueFile, files: SegmentFiles) -> list[str]:
     left: list[str] = []
     with catalogue.salvaging() as old, catalogue.new_file() as new:
         new.execute("BEGIN")
-        kept: dict[str, int] = {}
-        for collection_id, name, manifest in _whole_collections(old, left):
-            new.put("collections", collection_id=collection_id, name=name, manifest=manifest)
-            kept[name] = collection_id
+        kept: dict[str, int] = {}  # by storage name
+        for collection_id, manifest in _whole_collections(old, left):
+            name = manifest.collection
+            new.put("collections", collection_id=collection_id, name=name, manifest=manifest.to_json())
+            kept[manifest.storage_name] = collection_id
         for alias, name, _ in old.whole("aliases", left):
             try:
                 new.set_alias(alias, name, shadowing=True)
@@ -203,13 +204,16 @@ def rebuild(catalogue: CatalogueFile, files: SegmentFiles) -> list[str]:
 
 def _damaged_names(connection: Connection) -> Iterator[str]:
     problems: list[str] = []
-    names = {name for _, name, _ in _whole_collections(connection, problems)}
+    manifests = [manifest for _, manifest in _whole_collections(connection, problems)]
+    names = {manifest.collection for manifest in manifests}
     for alias, name, _ in connection.whole("aliases", problems):
         if name not in names:
             problems.append(f"alias {alias!r} points at {name!r}, which does not exist")
     counted = {name for name, *_ in connection.whole("generations", problems)}
     yield from problems
-    yield from (f"collection {name!r} has no generation" for name in sorted(names - counted))
+    for manifest in manifests:
+        if manifest.storage_name not in counted:
+            yield f"collection {manifest.collection!r} has no generation"
 
 
 def _wrong_counts(connection: Connection, collection: str) -> Iterator[str]:
@@ -235,11 +239,10 @@ def _wrong_counts(connection: Connection, collection: str) -> Iterator[str]:
             yield f"{number} passages {problem}"
 
 
-def _whole_collections(connection: Connection, problems: list[str]) -> Iterator[tuple[int, str, bytes]]:
+def _whole_collections(connection: Connection, problems: list[str]) -> Iterator[tuple[int, Manifest]]:
     for collection_id, name, manifest in connection.whole("collections", problems, "manifest"):
         try:
-            Manifest.from_json(typed(bytes, manifest), name)
-            yield collection_id, name, manifest
+            yield collection_id, Manifest.from_json(typed(bytes, manifest), name)
         except (ManifestError, StoreDamaged) as exc:
             problems.append(f"collection {name!r}: {exc}")
 

@@ -9,6 +9,7 @@ import errno
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import groupby, islice, repeat
 from operator import attrgetter
 from pathlib import Path
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from cache import errors
 from cache.errors import CacheError, DamagedRecord, StoreAccessDenied, StoreDamaged, StoreFull, StoreLocked
 from cache.faiss.segments import Segment, SegmentFiles
-from cache.manifest import Manifest
+from cache.manifest import Manifest, storage_name_of
 from cache.record import RECORD_VERSION, Damaged, Header, Record, check_name, passage_id_bytes
 
 # Columns that a row's checksum covers, the key first, by table. Rows of catalogue version 1 have a mark in its place,
@@ -187,6 +188,25 @@ class Connection(sqlite3.Connection):
         """Its number in the catalogue; a name used again gets another one."""
         return next((number for number, _ in self.checked("collections", "WHERE name = ?", name)), None)
 
+    def has_collection(self, collection_id: int) -> bool:
+        return any(self.checked("collections", "WHERE collection_id = ?", collection_id))
+
+    def find_stored(self, storage_name: str) -> int | None:
+        """The number of the collection with that storage name, which is looked for first among the names."""
+        query = "SELECT name, manifest FROM collections ORDER BY name != ?"
+        for name, manifest in self.execute(query, (storage_name,)):
+            shown = name.decode(errors="replace") if isinstance(name, bytes) else ""  # a damaged row costs itself
+            if isinstance(manifest, bytes) and storage_name_of(manifest, shown) == storage_name:
+                return self.find_collection(shown)
+        return None
+
+    def storage_name(self, name: str) -> str:
+        row = self.execute("SELECT manifest FROM collections WHERE name = ?", (name,)).fetchone()
+        return name if row is None else storage_name_of(typed(bytes, row[0]), name)
+
+    def storage_names(self) -> set[str]:
+        return {self.storage_name(name) for _, name in self.checked("collections")}
+
     def require_collection(self, name: str) -> int:
         if (collection_id := self.find_collection(name)) is None:
             raise errors.CollectionNotFound(f"collection: {name!r} does not exist in this store")
@@ -199,6 +219,15 @@ class Connection(sqlite3.Connection):
         except errors.ManifestError as exc:
             raise StoreDamaged(f"collection {name!r} cannot be read: {exc}") from exc
 
+    def rename_collection(self, name: str, new_name: str) -> None:
+        collection_id, manifest = self.require_collection(name), self.manifest(name)
+        assert manifest is not None
+        # No `put`, which would replace the row, and with it the counts.
+        query = (
+            "UPDATE collections SET name = ?2, manifest = ?3, checksum = row_checksum(?1, ?2) WHERE collection_id = ?1"
+        )
+        self.execute(query, (collection_id, new_name, replace(manifest, collection=new_name).to_json()))
+
     def set_alias(self, alias: str, name: str, *, shadowing: bool) -> None:
         check_name("alias", alias)
         if self.find_collection(alias) is not None and not shadowing:
@@ -206,12 +235,12 @@ class Connection(sqlite3.Connection):
         self.require_collection(name)
         self.put("aliases", alias=alias, name=name)
 
-    def generation(self, name: str) -> int:
-        return next((number for _, number in self.checked("generations", "WHERE name = ?", name)), 0)
+    def generation(self, storage_name: str) -> int:
+        return next((number for _, number in self.checked("generations", "WHERE name = ?", storage_name)), 0)
 
-    def bump(self, name: str) -> None:
+    def bump(self, storage_name: str) -> None:
         """Count up the generation: something of the collection changed."""
-        self.put("generations", name=name, generation=self.generation(name) + 1)
+        self.put("generations", name=storage_name, generation=self.generation(storage_name) + 1)
 
     def insert_passages(
         self, collection_id: int, file_name: str, codes: NDArray[np.uint8], offset: int, records: Mapping[str, Record]

@@ -24,11 +24,11 @@ from cache.codecs import Codec
 from cache.errors import CacheError, CodecError, CollectionExists, CollectionInUse, CollectionNotFound
 from cache.faiss.catalogue import SUMS, CatalogueFile
 from cache.faiss.maintenance import Compaction, Compactor, audit, rebuild
-from cache.faiss.rows import read_records, translated, typed
+from cache.faiss.rows import Connection, read_records, translated, typed
 from cache.faiss.segments import SegmentFiles
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, is_passage_id, passage_id_bytes
-from cache.store import Audit, Store, StoreStats
+from cache.store import Audit, Store, StoreStats, aliases_of_renamed
 
 _SCAN_PAGE_PASSAGES, _RENEWED_PASSAGES = 256, 20_000
 
@@ -43,71 +43,73 @@ class FaissStore(Store):
         self._files = SegmentFiles(self.path / "segments")
         self._catalogue = CatalogueFile(self.path / "catalogue.sqlite", lock_timeout_seconds=lock_timeout_seconds)
         self._max_small_segments = max_small_segments
-        self._codecs: dict[tuple[int, int], Codec] = {}  # by collection in the catalogue file opened so many times
+        # By the catalogue file that was opened so many times, and collection.
+        self._numbers: dict[tuple[int, str], int] = {}
+        self._codecs: dict[tuple[int, int], Codec] = {}
         self._seen_removals = 0
         self._has_written = False
         # Another process may have died before this one came, and this one may fail half way.
         self._may_have_orphans = True
 
-    def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
+    def put_many(self, storage_name: str, records: Mapping[str, Record]) -> None:
         for passage_id in records:
             passage_id_bytes(passage_id)
         with self._writing():
-            collection_id, codec = self._require(collection)
+            collection_id, codec = self._require(storage_name)
             if not records:
                 return
             for passage_id, record in records.items():
                 if (size := record.header.code_size) != (expected := codec.code_size_bytes):
-                    has = f"collection {collection!r} has {expected}"
+                    has = f"collection {storage_name!r} has {expected}"
                     raise CodecError(f"passage {passage_id!r}: {size} bytes per state, {has}")
             codes = np.concatenate([record.codes for record in records.values()])  # (num_rows, code_size)
             file_name, offset = self._files.write(codec, codes)
             with self._catalogue.writing() as connection:
                 connection.insert_passages(collection_id, file_name, codes, offset, records)
-                connection.bump(collection)
+                connection.bump(storage_name)
             try:  # single-passage writes pile up segments; this one stands, whatever happens now
                 Compactor(self._catalogue, self._files).merge_small(collection_id, codec, self._max_small_segments)
             except (CacheError, OSError, sqlite3.Error) as exc:
                 self._may_have_orphans = True
                 log.warning("store %s: small segments were not merged: %s", self.path, exc)
 
-    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
-        found, gone = self._read(collection, passage_ids)
+    def get_many(self, storage_name: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+        found, gone = self._read(storage_name, passage_ids)
         while gone:
             # A compaction removed the segment after the catalogue was read; the catalogue now names the new one. Files
             # are unlinked after the catalogue forgot them, so one that it still names and that is not there is lost.
-            again, still_gone = self._read(collection, list(gone))
+            again, still_gone = self._read(storage_name, list(gone))
             lost = gone.items() & still_gone.items()
             found |= again | {id_: Damaged(id_, f"segment {file_name} is missing") for id_, file_name in lost}
             gone = dict(still_gone.items() - lost)
         return [found.get(passage_id) for passage_id in passage_ids]
 
-    def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
+    def delete_many(self, storage_name: str, passage_ids: Sequence[str]) -> int:
         if not self._catalogue.exists:
             return 0
         num_deleted = 0
         with self._writing(), self._catalogue.writing() as connection:
-            if (collection_id := connection.find_collection(collection)) is not None:
+            if (collection_id := self._find(connection, storage_name)) is not None:
                 # The codes stay in their segments until a compaction.
                 query = "DELETE FROM passages WHERE collection_id = ? AND passage_id = ?"
                 keys = [(collection_id, passage_id_bytes(passage_id)) for passage_id in passage_ids]
                 num_deleted = connection.executemany(query, keys).rowcount if keys else 0
             if num_deleted:
-                connection.bump(collection)
+                connection.bump(storage_name)
         return num_deleted
 
-    def headers_many(self, collection: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
+    def headers_many(self, storage_name: str, passage_ids: Sequence[str], *, bulk: bool = False) -> list[Header | None]:
         with self._catalogue.reading() as connection:
-            collection_id = connection.find_collection(collection)
+            collection_id = self._find(connection, storage_name)
             found = {} if collection_id is None else connection.headers(collection_id, passage_ids)
         return [found.get(passage_id) for passage_id in passage_ids]
 
-    def scan(self, collection: str) -> Iterator[tuple[str, Record | Damaged]]:
+    def scan(self, storage_name: str) -> Iterator[tuple[str, Record | Damaged]]:
         after = b""
         while True:
             # Short reads instead of one long one, which would keep SQLite from folding its log into the file.
             with self._catalogue.reading() as connection:
-                collection_id = connection.find_collection(collection)
+                collection_id = self._find(connection, storage_name)
                 if collection_id is None:
                     return
                 page, after = connection.next_passages(collection_id, after, _SCAN_PAGE_PASSAGES)
@@ -116,40 +118,42 @@ class FaissStore(Store):
             with translated(self.path):
                 read = list(read_records(page, self._files))
             for passage_id, record in read:
-                found = self.get_many(collection, [passage_id])[0] if isinstance(record, str) else record
+                found = self.get_many(storage_name, [passage_id])[0] if isinstance(record, str) else record
                 if found is not None:
                     yield passage_id, found
 
-    def list_ids(self, collection: str, limit: int, after: bytes = b"") -> tuple[list[str], bytes]:
+    def list_ids(self, storage_name: str, limit: int, after: bytes = b"") -> tuple[list[str], bytes]:
         with self._catalogue.reading() as connection:
-            collection_id = connection.find_collection(collection)
+            collection_id = self._find(connection, storage_name)
             page = [] if collection_id is None else connection.next_ids(collection_id, after, limit + 1)
         ids = (one.decode(errors="surrogateescape") for one in page[:limit])  # `verify` reports those that are no ids
         return list(filter(is_passage_id, ids)), page[limit - 1] if len(page) > limit else b""
 
-    def stats(self, collection: str) -> StoreStats:
+    def stats(self, storage_name: str) -> StoreStats:
         # As the triggers keep count; `audit` compares them with the rows.
-        query = f"SELECT num_passages, {', '.join(SUMS)} FROM collections WHERE name = ?"
+        query = f"SELECT num_passages, {', '.join(SUMS)} FROM collections WHERE collection_id = ?"
         with self._catalogue.reading() as connection:
-            row = connection.execute(query, (collection,)).fetchone() or ()
+            row = connection.execute(query, (self._find(connection, storage_name),)).fetchone() or ()
             return StoreStats(*(typed(int, one) for one in row))
 
-    def generation(self, collection: str) -> int:
+    def generation(self, storage_name: str) -> int:
         with self._catalogue.reading() as connection:
             # A replaced catalogue may have come to the same number by other writes.
-            return connection.generation(collection) + (self._catalogue.num_reopened << 40)
+            return connection.generation(storage_name) + (self._catalogue.num_reopened << 40)
 
     def read_manifest(self, collection: str) -> Manifest | None:
         with self._catalogue.reading() as connection:
             return connection.manifest(collection)
 
-    def write_manifest(self, manifest: Manifest) -> None:
+    def write_manifest(self, manifest: Manifest) -> Manifest:
         name = manifest.collection
         with self._writing(), self._catalogue.writing() as connection:
             if connection.find_collection(name) is not None or name in dict(connection.checked("aliases")):
                 raise CollectionExists(f"collection: {name!r} already exists in this store")
+            manifest = manifest.stored(connection.storage_names())
             connection.put("collections", name=name, manifest=manifest.to_json())
-            connection.bump(name)
+            connection.bump(manifest.storage_name)
+        return manifest
 
     def list_collections(self) -> list[str]:
         with self._catalogue.reading() as connection:
@@ -162,13 +166,25 @@ class FaissStore(Store):
             with self._catalogue.writing() as connection:
                 collection_id = connection.require_collection(collection)
                 CollectionInUse.check(collection, dict(connection.checked("aliases")))
+                storage_name = connection.storage_name(collection)
                 query = "SELECT file_name FROM segments WHERE collection_id = ?"
                 file_names = [typed(str, name) for (name,) in connection.execute(query, (collection_id,))]
                 for table in ("passages", "segments", "collections"):
                     connection.execute(f"DELETE FROM {table} WHERE collection_id = ?", (collection_id,))
                 connection.execute("UPDATE store SET num_removed = num_removed + 1")
-                connection.bump(collection)
+                connection.bump(storage_name)
             self._files.remove(file_names)
+
+    def rename_collection(self, collection: str, name: str, alias: str | None = None) -> list[str]:
+        names = self.list_collections()
+        aliases_of_renamed(collection, name, alias, names, self.aliases())  # before anything is made
+        with self._writing(), self._catalogue.writing() as connection:
+            names = [one for _, one in connection.checked("collections")]
+            aliases = aliases_of_renamed(collection, name, alias, names, dict(connection.checked("aliases")))
+            connection.rename_collection(collection, name)
+            for one in aliases:
+                connection.put("aliases", alias=one, name=name)
+        return aliases
 
     def aliases(self) -> dict[str, str]:
         with self._catalogue.reading() as connection:
@@ -185,18 +201,18 @@ class FaissStore(Store):
         with self._writing(), self._catalogue.writing() as connection:
             return connection.execute("DELETE FROM aliases WHERE alias = ?", (alias,)).rowcount > 0
 
-    def compact(self, collection: str) -> Compaction:
+    def compact(self, storage_name: str) -> Compaction:
         """Merge small segments, drop unused codes, renew headers; readers go on, and between groups other writers."""
         after: int | None = 0
         while after is not None:
             with self._writing():
-                collection_id, _ = self._require(collection)
+                collection_id, _ = self._require(storage_name)
                 with self._catalogue.writing() as connection:
                     after = connection.renew_headers(collection_id, after, _RENEWED_PASSAGES)
         compactor, done = Compactor(self._catalogue, self._files), None
         while done is None:
             with self._writing():
-                done = compactor.step(*self._require(collection))
+                done = compactor.step(*self._require(storage_name))
         return done
 
     def audit(self, collection: str) -> Audit:
@@ -218,11 +234,13 @@ class FaissStore(Store):
         self._files.keep_only(set())
         self._catalogue.close()
 
-    def _read(self, collection: str, passage_ids: Sequence[str]) -> tuple[dict[str, Record | Damaged], dict[str, str]]:
+    def _read(
+        self, storage_name: str, passage_ids: Sequence[str]
+    ) -> tuple[dict[str, Record | Damaged], dict[str, str]]:
         found: dict[str, Record | Damaged] = {}
         gone: dict[str, str] = {}  # ids whose segment has no file, with its name
         with self._catalogue.reading() as connection:
-            collection_id = connection.find_collection(collection)
+            collection_id = self._find(connection, storage_name)
             if collection_id is None:
                 return found, gone
             located = connection.find_passages(collection_id, passage_ids)
@@ -256,12 +274,23 @@ class FaissStore(Store):
                     self._may_have_orphans = True
                     raise
 
-    def _require(self, collection: str) -> tuple[int, Codec]:
+    def _require(self, storage_name: str) -> tuple[int, Codec]:
         with self._catalogue.reading() as connection:
-            collection_id = connection.require_collection(collection)
+            if (collection_id := self._find(connection, storage_name)) is None:
+                raise CollectionNotFound(f"collection: {storage_name!r} does not exist in this store")
             key = self._catalogue.num_reopened, collection_id
             if key not in self._codecs:
-                manifest = connection.manifest(collection)
+                ((_, name),) = connection.checked("collections", "WHERE collection_id = ?", collection_id)
+                manifest = connection.manifest(name)
                 assert manifest is not None
                 self._codecs[key] = manifest.make_codec()
         return collection_id, self._codecs[key]
+
+    def _find(self, connection: Connection, storage_name: str) -> int | None:
+        """The collection's number in the catalogue; of a storage name it stays as long as the collection does."""
+        key = self._catalogue.num_reopened, storage_name
+        if (known := self._numbers.get(key)) is not None and connection.has_collection(known):
+            return known
+        if (found := connection.find_stored(storage_name)) is not None:
+            self._numbers[key] = found
+        return found

@@ -35,7 +35,7 @@ def describe(store: Store, unreadable: dict[str, str] | None = None) -> list[Sto
         try:
             if (manifest := store.read_manifest(name)) is not None:  # else dropped a moment ago
                 own = tuple(alias for alias, target in aliases if target == name)
-                described.append(StoredCollection(manifest, store.stats(name), own))
+                described.append(StoredCollection(manifest, store.stats(manifest.storage_name), own))
         except errors.StoreDamaged as exc:
             if unreadable is None:
                 log.warning("collection %r cannot be read: %s", name, exc)

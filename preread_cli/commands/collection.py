@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: s
                 manifest = opened.read_manifest(name)
                 if manifest is None:  # dropped a moment ago
                     continue
-                counts = opened.stats(name)
+                counts = opened.stats(manifest.storage_name)
             except StoreDamaged as exc:
                 unreadable[name] = str(exc)
                 continue
@@ -232,6 +232,25 @@ def _alias(alias: str, collection: str | None, remove: bool, as_json: bool, stor
     print_result({"alias": alias, "collection": collection}, said, as_json=as_json)
 
 
+@collection.command("rename")
+@click.argument("collection", metavar="OLD")
+@click.argument("name", metavar="NEW")
+@option("--alias", metavar="NAME", help="Point this alias at the collection too; usually OLD, which readers still use.")
+@flags.as_json
+@flags.store
+def _rename(collection: str, name: str, alias: str | None, as_json: bool, store: str) -> None:
+    """Give the collection OLD the name NEW.
+
+    No passage is rewritten, and aliases of OLD follow. With `--alias OLD` readers find the collection by OLD at every
+    moment, and the next version of it can be indexed under another name and take over the alias. Refused while the
+    collection is written.
+    """
+    with _opened(store) as opened:
+        aliases = opened.rename_collection(collection, name, alias)
+    said = [f"{collection} is now {name}", *(f"{one} -> {name}" for one in aliases)]
+    print_result({"collection": name, "was": collection, "aliases": aliases}, "\n".join(said), as_json=as_json)
+
+
 @collection.command("compact")
 @click.argument("collection")
 @flags.as_json
@@ -244,12 +263,12 @@ def _compact(collection: str, as_json: bool, store: str) -> None:
     from cache.collection import Collection
 
     with _opened(store) as opened:
-        name = Collection.open(opened, collection).name
+        found = Collection.open(opened, collection)
         if not hasattr(opened, "compact"):
             nothing = "nothing to compact; only faiss: stores keep deleted passages on disk"
             raise CommandFailed(f"{masked(store, 'store')}: {nothing}")
-        opened.compact(name)
-    print_result({"collection": name}, f"{name} is compact", as_json=as_json)
+        opened.compact(found.storage_name)
+    print_result({"collection": found.name}, f"{found.name} is compact", as_json=as_json)
 
 
 @collection.command("reencode")
@@ -342,7 +361,10 @@ def _print_reencoded(done: Reencoding, codec: str) -> None:
 def _drop(collection: str, yes: bool, as_json: bool, store: str) -> None:
     """Delete COLLECTION and its passages. Refused while an alias points at it."""
     with _opened(store) as opened:
-        num_passages = opened.stats(collection).num_passages
+        manifest = None
+        with suppress(StoreDamaged):  # a reason to drop it
+            manifest = opened.read_manifest(collection)
+        num_passages = 0 if manifest is None else opened.stats(manifest.storage_name).num_passages
         whole = f"{collection} with {num_passages:,} passages from {masked(store, 'store')}"
         confirm(f"Delete {whole}?", yes=yes)
         opened.drop_collection(collection)

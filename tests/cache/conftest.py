@@ -276,6 +276,32 @@ def make_backend(request, tmp_path):
         backend.close()
 
 
+STORES = [
+    "memory",
+    "faiss",
+    "redis",
+    "rediss",
+    "redis+cluster",
+    "cached:memory",
+    "cached:faiss",
+    "cached:redis",
+    "cached:rediss",
+    "cached:redis+cluster",
+]
+
+
+@pytest.fixture(params=STORES)
+def backend(request, make_backend):
+    return make_backend(request.param)
+
+
+@pytest.fixture
+def store(backend, make_manifest):
+    store = backend.open()
+    store.write_manifest(make_manifest())
+    return store
+
+
 # Helpers as fixtures: tests are not a package and cannot import them from here.
 
 

@@ -9,31 +9,6 @@ from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound, 
 from cache.record import Damaged
 from cache.store import StoreStats
 
-NAMES = [
-    "memory",
-    "faiss",
-    "redis",
-    "rediss",
-    "redis+cluster",
-    "cached:memory",
-    "cached:faiss",
-    "cached:redis",
-    "cached:rediss",
-    "cached:redis+cluster",
-]
-
-
-@pytest.fixture(params=NAMES)
-def backend(request, make_backend):
-    return make_backend(request.param)
-
-
-@pytest.fixture
-def store(backend, make_manifest):
-    store = backend.open()
-    store.write_manifest(make_manifest())
-    return store
-
 
 def test_what_was_put_is_read_back_in_order(store, make_record, same):
     records = {f"p{i}": make_record(i, num_states=1 + i % 5, text=f"text {i}") for i in range(300)}

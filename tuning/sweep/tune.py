@@ -168,7 +168,7 @@ class _Sweep(Experiment):
             tokenized = self.encoder.tokenize(part, split=self.settings.split)
             found += [one.window_tokens for one in tokenized if one.failed is None]
             advance(len(part))
-        for _, record in stored.store.scan(stored.name) if stored is not None else ():
+        for _, record in stored.store.scan(stored.storage_name) if stored is not None else ():
             found += [record.window_tokens] if isinstance(record, Record) else []
             advance(1)
         return found
