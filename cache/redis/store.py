@@ -238,7 +238,7 @@ class RedisStore(Store):
 
     def rename_collection(self, collection: str, name: str, alias: str | None = None) -> list[str]:
         names, manifest = self._storage_names(), self.read_manifest(collection, self._bulk)
-        if manifest is not None and names.get(name) == manifest.storage_name:
+        if manifest is not None and name != collection and names.get(name) == manifest.storage_name:
             del names[name]  # of a rename that was cut off
         aliases = aliases_of_renamed(collection, name, alias, names, self.aliases(self._bulk))
         if manifest is None:

@@ -93,12 +93,12 @@ def test_old_and_new_name_are_two_collections_after_it(backend, store, docs, mak
 
     assert sorted(texts_of(Collection.open(reader, "docs"))) == ["p0", "p2"]
     assert store.stats(first.storage_name) == StoreStats()
-    with pytest.raises(CollectionNotFound):
-        docs.put_many(renaming.passages("later", 1))
     third = Collection.create(store, make_manifest("docs-1"))
     assert texts_of(third) == {}
     third.put_many(renaming.passages("third", 2))
     store.drop_collection("docs")
+    with pytest.raises(CollectionNotFound):
+        second.put_many(renaming.passages("later", 1))
     assert len(texts_of(third)) == 2
     assert store.rename_collection("docs-1", "docs") == []
     assert store.rename_collection("docs", "docs-1", "docs") == ["docs"]
