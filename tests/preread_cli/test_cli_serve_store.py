@@ -102,9 +102,9 @@ def statuses(client: Client, ids: list[str]) -> dict[str, str]:
     return {result.passage_id: result.status for result in response.results}
 
 
-def test_a_segment_truncated_while_requests_flow_costs_its_passages_and_no_process(server: Server) -> None:
-    (segment,) = (server.path / "segments").iterdir()
-    whole = segment.read_bytes()
+@contextmanager
+def traffic(server: Server) -> Iterator[set[str]]:
+    """Three clients that ask all the time; the statuses they see. Fails where a request did."""
     seen: set[str] = set()
     failures: list[BaseException] = []
     stop = threading.Event()
@@ -120,19 +120,48 @@ def test_a_segment_truncated_while_requests_flow_costs_its_passages_and_no_proce
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for step in range(60):
-        # As cp and rsync --inplace do it: the file that is open becomes shorter, and comes back.
-        with segment.open("r+b") as file:
-            file.truncate(len(whole) * (step % 4) // 4)
-            time.sleep(0.02)
-            file.seek(0)
-            file.write(whole)
-        time.sleep(0.01)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert failures == []
     assert server.process.poll() is None
+
+
+def test_a_collection_is_renamed_behind_its_name_while_requests_flow(server: Server) -> None:
+    def run(*arguments: object) -> str:
+        store = ("--store", f"faiss:{server.path}")
+        answer = subprocess.run(
+            command(*arguments, *store), env=environment(), capture_output=True, text=True, check=False
+        )
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout
+
+    with traffic(server) as seen, Client(server.address) as client:
+        statuses(client, IDS)
+        assert (
+            run("collection", "rename", "docs", "docs-1", "--alias", "docs") == "docs is now docs-1\ndocs -> docs-1\n"
+        )
+        time.sleep(1.5)  # longer than a server takes a name for granted
+        statuses(client, IDS)
+    assert seen == {"hit"}
+    assert run("verify", "-c", "docs") == f"docs-1: {NUM_PASSAGES} passages read, 0 damaged\n"
+
+
+def test_a_segment_truncated_while_requests_flow_costs_its_passages_and_no_process(server: Server) -> None:
+    (segment,) = (server.path / "segments").iterdir()
+    whole = segment.read_bytes()
+    with traffic(server) as seen:
+        for step in range(60):
+            # As cp and rsync --inplace do it: the file that is open becomes shorter, and comes back.
+            with segment.open("r+b") as file:
+                file.truncate(len(whole) * (step % 4) // 4)
+                time.sleep(0.02)
+                file.seek(0)
+                file.write(whole)
+            time.sleep(0.01)
     assert seen == {"hit", "corrupt"}
     with Client(server.address) as client:
         assert set(statuses(client, IDS).values()) == {"hit"}
