@@ -25,7 +25,7 @@ class StoreAccessDenied(CacheError):
 
 
 class StoreLocked(CacheError):
-    """Another writer held the embedded store for longer than the timeout."""
+    """Another writer holds the collection, or held the embedded store for longer than the timeout."""
 
 
 class StoreDamaged(CacheError):

@@ -3,13 +3,14 @@
 import heapq
 import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
-from cache.store import Store, StoreStats, aliases_of_renamed
+from cache.store import Store, StoreStats, aliases_of_renamed, locked_by, this_writer
 
 
 class MemoryStore(Store):
@@ -25,6 +26,7 @@ class MemoryStore(Store):
         self._values: dict[str, dict[str, bytes]] = {}
         self._aliases: dict[str, str] = {}
         self._generations: dict[str, int] = {}
+        self._writers: dict[str, list[tuple[bool, str]]] = {}  # whether they share a collection, and which they are
         self._next_generation = itertools.count(1)
 
     @classmethod
@@ -85,6 +87,22 @@ class MemoryStore(Store):
     def read_manifest(self, collection: str) -> Manifest | None:
         return self._manifests.get(collection)
 
+    @contextmanager
+    def lease(self, collection: str, *, shared: bool = False) -> Iterator[Callable[[], None]]:
+        check_name("collection", collection)
+        own = shared, this_writer()
+        with self._lock:
+            writers = self._writers.setdefault(collection, [])
+            for is_shared, writer in writers:
+                if not (shared and is_shared):
+                    raise locked_by(collection, writer.encode())
+            writers.append(own)
+        try:
+            yield lambda: None
+        finally:
+            with self._lock:
+                writers.remove(own)
+
     def write_manifest(self, manifest: Manifest) -> Manifest:
         with self._lock:
             name = manifest.collection
@@ -110,7 +128,8 @@ class MemoryStore(Store):
     def rename_collection(self, collection: str, name: str, alias: str | None = None) -> list[str]:
         with self._lock:
             aliases = aliases_of_renamed(collection, name, alias, self._manifests, self._aliases)
-            self._manifests[name] = replace(self._manifests.pop(collection), collection=name)
+            with self.lease(collection), self.lease(name):
+                self._manifests[name] = replace(self._manifests.pop(collection), collection=name)
             self._aliases |= dict.fromkeys(aliases, name)
             return aliases
 

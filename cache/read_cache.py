@@ -91,6 +91,7 @@ class _StoreWrapper(Store):
     mend = _forwarded(Store.mend)
     generation = _forwarded(Store.generation)
     read_manifest = _forwarded(Store.read_manifest)
+    lease = _forwarded(Store.lease)
     write_manifest = _forwarded(Store.write_manifest)
     list_collections = _forwarded(Store.list_collections)
     drop_collection = _forwarded(Store.drop_collection)

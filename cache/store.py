@@ -4,12 +4,18 @@ Methods about passages take the collection's storage name (`Manifest.storage_nam
 stays readable and writable when it is renamed; methods about names take the name it has now.
 """
 
+import json
+import os
 import re
+import secrets
+import socket
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
-from cache.errors import CollectionExists, CollectionNotFound
+from cache.errors import CollectionExists, CollectionNotFound, StoreLocked
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name
 
@@ -103,6 +109,14 @@ class Store(ABC):
     def read_manifest(self, collection: str) -> Manifest | None: ...
 
     @abstractmethod
+    def lease(self, collection: str, *, shared: bool = False) -> AbstractContextManager[Callable[[], None]]:
+        """Hold the collection of that name, which need not exist yet, for writes: alone, or next to `shared` leases.
+
+        Yields a function that raises StoreLocked where the lease was lost meanwhile. It ends with its process, in Redis
+        soon after. No method but `rename_collection` looks at leases. Raises StoreLocked, naming the writer.
+        """
+
+    @abstractmethod
     def write_manifest(self, manifest: Manifest) -> Manifest:
         """Create the collection `manifest.collection`; its manifest, with the storage name that was free.
 
@@ -122,7 +136,8 @@ class Store(ABC):
         """Give a collection another name; its aliases follow, and `alias`, often the old name, becomes one of them.
 
         No passage is rewritten, and readers find the collection by the old or the new name at every moment. Returns its
-        aliases. Raises CollectionNotFound, and CollectionExists where `name` or `alias` is taken.
+        aliases. Raises CollectionNotFound, CollectionExists where `name` or `alias` is taken, and StoreLocked where a
+        writer holds one of the names.
         """
 
     @abstractmethod
@@ -147,6 +162,23 @@ class Store(ABC):
 
     @abstractmethod
     def close(self) -> None: ...
+
+
+def this_writer() -> str:
+    """This process and moment, as others are told; no two are equal."""
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    writer = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "nonce": secrets.token_hex(8)}
+    return json.dumps(writer)
+
+
+def locked_by(collection: str, writer: bytes) -> StoreLocked:
+    """The error that names a writer, as `this_writer` told it; its bytes may be damaged."""
+    told = "another process"
+    with suppress(ValueError, TypeError, KeyError):
+        read = json.loads(writer)
+        host, since = ("".join(filter(str.isprintable, str(read[key])))[:253] for key in ("host", "since"))
+        told = f"process {int(read['pid'])} on {host} since {since}"
+    return StoreLocked(f"collection {collection!r} is being written by {told}; try again when that has ended")
 
 
 def aliases_of_renamed(

@@ -46,6 +46,7 @@ class IndexOptions(Config):
     split: bool = knob(False, "Split longer passages into windows instead of cutting them.")
     strict: bool = knob(False, "Stop at the first item that would be refused.")
     force: bool = knob(False, "Also encode passages stored with the same text.")
+    wait: bool = knob(False, "Wait while another process writes the collection.")
     allow_clipped: bool = False  # as an encoder worker's
     limits: PipelineLimits = field(default_factory=PipelineLimits)
 

@@ -8,10 +8,11 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from encoder_worker.pipeline import Pipeline
 from encoder_worker.reading import Intake, ReadBatch, ahead
 from encoder_worker.scheduler import EncodeScheduler
 from encoder_worker.sources import Columns, Item, Place
-from encoder_worker.writing import Target
+from encoder_worker.writing import Target, held
 from preread_edge.outputs import open_output
 
 SAMPLE_PASSAGES, MAX_SAMPLE_SECONDS = 256, 10.0
@@ -193,14 +194,23 @@ def index(
     A `fraction()` method of the source, as Source has, makes progress and ETA possible. Set `stop` from anywhere to end
     after the batch in hand; what was encoded is then stored. `report` is filled in, also when this raises.
 
-    Raises what Target raises, CodecError where the codec needs more states to train on than the source gave, CacheError
-    where the store failed; what it acknowledged stays.
+    Raises what Target raises, StoreLocked where another process writes the collection, CodecError where the codec needs
+    more states to train on than the source gave, CacheError where the store failed; what it acknowledged stays.
     """
-    options = options or IndexOptions()
+    options, stop = options or IndexOptions(), stop or threading.Event()
     report = report if report is not None else IndexReport(collection)
-    target = Target(store, collection, settings or CollectionSettings(), encoder, options.alias)
+    make = partial(Target, store, collection, settings or CollectionSettings(), encoder, options.alias)
+    with held(make, wait_until=stop if options.wait else None) as target:
+        if target is None:
+            report.interrupted = True
+        else:
+            _run_job(_index(source, Intake(encoder, target, options), report, stop, on_progress), report)
+            _finish(target, options.alias, report)
+    return report
+
+
+def _run_job(job: Coroutine[Any, Any, None], report: IndexReport) -> None:
     begun = time.monotonic()
-    job = _index(source, Intake(encoder, target, options), report, stop or threading.Event(), on_progress)
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -210,15 +220,19 @@ def index(
             thread.submit(asyncio.run, job).result()
     finally:
         report.seconds = time.monotonic() - begun
-    if report.complete and target.collection is not None:
-        with suppress(CacheError):  # a count is no reason to fail
-            # Ids of a run are unique, so these are distinct passages of the collection.
-            num_known = report.num_stored + report.num_unchanged
-            report.num_not_in_input = max(0, target.collection.stats().num_passages - num_known)
-    if options.alias is not None and target.collection is not None and report.complete:
-        store.set_alias(options.alias, target.collection.name)
-        report.alias = options.alias
-    return report
+
+
+def _finish(target: Target, alias: str | None, report: IndexReport) -> None:
+    """What follows a source that was read to its end."""
+    if target.collection is None or not report.complete:
+        return
+    with suppress(CacheError):  # a count is no reason to fail
+        # Ids of a run are unique, so these are distinct passages of the collection.
+        num_known = report.num_stored + report.num_unchanged
+        report.num_not_in_input = max(0, target.collection.stats().num_passages - num_known)
+    if alias is not None:
+        target.store.set_alias(alias, target.collection.name)
+        report.alias = alias
 
 
 async def _index(

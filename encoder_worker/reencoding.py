@@ -12,7 +12,7 @@ import xxhash
 
 from cache.codecs import Codec
 from cache.collection import Collection
-from cache.errors import CollectionExists
+from cache.errors import CollectionExists, CollectionNotFound
 from cache.manifest import Manifest
 from cache.record import Record
 from cache.states import PassageStates
@@ -21,7 +21,7 @@ from encoder_worker.indexing import IndexReport
 from encoder_worker.passage_encoder import PassageEncoder, Tokenized
 from encoder_worker.reading import ReadBatch
 from encoder_worker.sources import Place, SourcePassage
-from encoder_worker.writing import Target, Upsert, WriteGroup
+from encoder_worker.writing import Target, Upsert, WriteGroup, held
 
 _CHUNK_PASSAGES = 256
 _MAX_PASSES = 5  # over a collection that is written to meanwhile
@@ -64,26 +64,15 @@ def reencode(
     A passage of which the old table cut something is encoded from its text, by the encoder that wrote it, which `load`
     opens then; what it did not cut is decoded, and so is what has no text, whose count of cut numbers then stays.
     Running it again goes on where it was interrupted. `on_progress` gets the passages done, and how many there are.
-    Raises CollectionExists where `into` is something else, EncoderMismatch where the encoder is not the collection's,
-    CodecError for too few states to train the codec on, CacheError where the store failed.
+    Raises CollectionExists where `into` is something else, StoreLocked where another process writes it, EncoderMismatch
+    where the encoder is not the collection's, CodecError for too few states to train the codec on, CacheError where the
+    store failed.
     """
-    stop, store, target = stop or threading.Event(), source.store, _Successor(source, into, codec)
-    run = Reencoding(source, target, load, stop, on_progress, limits or PipelineLimits(), IndexReport(into))
-    for _ in range(_MAX_PASSES):
-        generation = store.generation(source.storage_name)
-        run.take_over()
-        if stop.is_set() or store.generation(source.storage_name) == generation:
-            break
-    else:
-        run.overtaken = True
-    run.report.num_values = run.report.num_states * target.codec.dim
-    run.report.interrupted = stop.is_set()
-    run.complete = not stop.is_set() and not run.overtaken and not run.report.num_refused
-    if run.complete and move_names and target.collection is not None:
-        aliases = (alias for alias, name in sorted(store.aliases().items()) if name == source.name)
-        for name in dict.fromkeys([*aliases, source.name]):
-            store.set_alias(name, into, shadowing=True)
-            run.moved_names.append(name)
+    stop = stop or threading.Event()
+    with held(partial(_Successor, source, into, codec)) as target:
+        assert target is not None
+        run = Reencoding(source, target, load, stop, on_progress, limits or PipelineLimits(), IndexReport(into))
+        run.run(move_names=move_names)
     return run
 
 
@@ -105,6 +94,32 @@ class Reencoding:
     moved_names: list[str] = field(default_factory=list)
     overtaken: bool = False  # the source was written to during every pass: not all of it is taken over
     complete: bool = False
+
+    def run(self, *, move_names: bool) -> None:
+        """Takes the passages over until the source stays as it is, and then its names."""
+        store, source, stop = self.source.store, self.source, self.stop
+        for _ in range(_MAX_PASSES):
+            generation = store.generation(source.storage_name)
+            self.take_over()
+            if stop.is_set() or store.generation(source.storage_name) == generation:
+                break
+        else:
+            self.overtaken = True
+        self.report.num_values = self.report.num_states * self.target.codec.dim
+        self.report.interrupted = stop.is_set()
+        self.complete = not stop.is_set() and not self.overtaken and not self.report.num_refused
+        if self.complete and move_names and self.target.collection is not None:
+            self._move_names(self.target.collection.name)
+
+    def _move_names(self, into: str) -> None:
+        store, source = self.source.store, self.source
+        if store.read_manifest(source.name) != source.manifest:
+            meanwhile = f"was renamed or dropped meanwhile; its passages are in {into!r}, and no name was moved"
+            raise CollectionNotFound(f"collection: {source.name!r} {meanwhile}")
+        aliases = (alias for alias, name in sorted(store.aliases().items()) if name == source.name)
+        for name in dict.fromkeys([*aliases, source.name]):
+            store.set_alias(name, into, shadowing=True)
+            self.moved_names.append(name)
 
     def take_over(self) -> None:
         """Every passage that the target does not hold as it is now; then drops there what the source lost."""

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Executor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -25,7 +25,7 @@ from encoder_worker.pipeline import Pipeline
 from encoder_worker.reading import Intake, ReadBatch
 from encoder_worker.scheduler import EncodeScheduler
 from encoder_worker.sources import Place, SourcePassage
-from encoder_worker.writing import Target, Upsert
+from encoder_worker.writing import Target, Upsert, held
 from preread import errors
 from preread.v1 import common_pb2, encoder_pb2_grpc
 from preread.v1 import encoder_pb2 as pb
@@ -61,21 +61,35 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
                 raise errors.InvalidRequest("collection", "", "the name of a collection in the first message")
             if first.compression_ratio < 0:
                 raise errors.InvalidRequest("compression_ratio", first.compression_ratio, "0 (the default) or more")
-            target = await worker.call(_open_or_make, worker, first, store=True)
-            limits = PipelineLimits(
-                max_unencoded=math.inf,
-                max_unacknowledged=worker.config.max_unacknowledged_passages,
-                max_unacknowledged_bytes=worker.config.max_unacknowledged_bytes,
-                write_whole_batches=True,
-                retry_seconds=(),
-            )
-            pipeline = Pipeline(worker.scheduler, target, worker.store_threads, limits)
-            async with aclosing(pipeline.run(_batches(worker, target, first, requests))) as changes:
-                async for finished in changes:
-                    for batch in finished:
-                        response = await _pack_batch(batch)
-                        self._on_upserted(response)
-                        await context.write(response)
+            lease = ExitStack()
+            try:
+                target = await worker.call(_open_or_make, worker, first, lease, store=True)
+                await self._upsert(worker, target, first, requests, context)
+            finally:
+                await asyncio.shield(worker.call(lease.close, store=True))
+
+    async def _upsert(
+        self,
+        worker: "Worker",
+        target: Target,
+        first: pb.UpsertRequest,
+        requests: AsyncIterator[pb.UpsertRequest],
+        context: Context,
+    ) -> None:
+        limits = PipelineLimits(
+            max_unencoded=math.inf,
+            max_unacknowledged=worker.config.max_unacknowledged_passages,
+            max_unacknowledged_bytes=worker.config.max_unacknowledged_bytes,
+            write_whole_batches=True,
+            retry_seconds=(),
+        )
+        pipeline = Pipeline(worker.scheduler, target, worker.store_threads, limits)
+        async with aclosing(pipeline.run(_batches(worker, target, first, requests))) as changes:
+            async for finished in changes:
+                for batch in finished:
+                    response = await _pack_batch(batch)
+                    self._on_upserted(response)
+                    await context.write(response)
 
     async def Encode(self, request: pb.EncodeRequest, context: Context) -> pb.EncodeResponse:  # noqa: N802
         """Texts to pooled states, nothing stored. A text that cannot be encoded costs itself only."""
@@ -199,9 +213,11 @@ async def _batches(
         request = await anext(requests, None)
 
 
-def _open_or_make(worker: Worker, first: pb.UpsertRequest) -> Target:
+def _open_or_make(worker: Worker, first: pb.UpsertRequest, lease: ExitStack) -> Target:
     settings = CollectionSettings(first.compression_ratio or None, first.codec or None)
-    target = Target(worker.store, first.collection, settings, worker.encoder)
+    make = partial(Target, worker.store, first.collection, settings, worker.encoder)
+    target = lease.enter_context(held(make, shared=True))
+    assert target is not None
     target.allow_clipped = worker.config.allow_clipped
     if target.num_training_states:
         raise errors.FailedPrecondition(

@@ -1,10 +1,13 @@
 """Encoded passages into a collection: found as it is, or made when the first states are there."""
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +21,10 @@ from cache.store import Store
 from encoder_worker.config import CollectionSettings, PipelineLimits
 from encoder_worker.passage_encoder import Encoded, EncodingFailed, PassageEncoder, Tokenized
 from encoder_worker.sources import Reason, Refused, SourcePassage
+
+T = TypeVar("T", bound="Target")
+
+_WAIT_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +67,7 @@ class Target:
     """
 
     collection: Collection | None = None
+    check_lease: Callable[[], None] = staticmethod(lambda: None)  # StoreLocked where another writer took over
     num_trained: int = 0  # states that the codec was trained on here
     allow_clipped: bool = False  # store also what the codec was not trained for
     _manifest: Callable[..., Manifest]
@@ -89,6 +97,11 @@ class Target:
         self.compression_ratio, self.stores_text = found.manifest.compression_ratio, found.manifest.stores_text
 
     @property
+    def held_name(self) -> str:
+        """The collection's own name, where it was opened by an alias."""
+        return self.name if self.collection is None else self.collection.name
+
+    @property
     def num_training_states(self) -> int:
         """States to hold back until the codec can be trained; 0 when the collection is there or none is needed."""
         return 0 if self.collection is not None else num_training_states(self.codec)
@@ -107,6 +120,35 @@ class Target:
             # exist_ok: another run may have made the same one meanwhile.
             self.collection = Collection.create(self.store, manifest, exist_ok=True)
         return self.collection
+
+
+@contextmanager
+def held(
+    make: Callable[[], T], *, shared: bool = False, wait_until: threading.Event | None = None
+) -> Iterator[T | None]:
+    """The target that `make` opens, held for writing: alone, or next to other `shared` ones.
+
+    With `wait_until` waits for another writer to end; None where the event was set before. Raises StoreLocked, naming
+    that writer, and what `make` raises, before anything is written.
+    """
+    target, told = make(), ""
+    with ExitStack() as lease:
+        while True:
+            try:
+                check = lease.enter_context(target.store.lease(target.held_name, shared=shared))
+                break
+            except errors.StoreLocked as exc:
+                if wait_until is None:
+                    raise
+                if told != str(exc):
+                    log.warning("waiting: %s", exc)
+                told = str(exc)
+            if wait_until.wait(_WAIT_SECONDS):
+                yield None
+                return
+        target = make()  # as the writer before has left it
+        target.check_lease = check
+        yield target
 
 
 @dataclass
@@ -135,6 +177,7 @@ class WriteGroup:
 
         Raises CodecError for too few states to train the codec on, CacheError where the store failed.
         """
+        target.check_lease()
         collection = target.collection or target.create([one.states for one in self.upserts if one.states is not None])
         pauses = iter(limits.retry_seconds)
         while todo := {one.passage.passage_id: one for one in self.upserts if one.states is not None}:

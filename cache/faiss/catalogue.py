@@ -7,6 +7,7 @@ that was replaced, or written on such a volume, is noticed before the next read 
 
 import fcntl
 import os
+import secrets
 import struct
 import threading
 import time
@@ -21,6 +22,7 @@ import xxhash
 from cache.errors import StoreAccessDenied, StoreDamaged, StoreLocked, StoreUnavailable
 from cache.faiss.rows import COVERED, UNCHECKED, Connection, translated
 from cache.faiss.segments import fsync_directory
+from cache.store import locked_by, this_writer
 
 _VERSION = 2
 
@@ -149,6 +151,48 @@ class _WriterLock:
             num_commits, _ = _NOTE.unpack(note)
             return int(num_commits) if note == _packed_note(num_commits) else 0
         return 0
+
+
+class WriterLeases:
+    """A file for each writer that holds a collection, locked until its process ends at the latest."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def take(self, collection: str, *, shared: bool) -> ExitStack:
+        """A lease, which ends when it is closed; raises StoreLocked."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held, ExitStack() as cleanup:
+            directory = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
+            cleanup.callback(os.close, directory)
+            fcntl.flock(directory, fcntl.LOCK_EX)  # one at a time, for a moment
+            for path in self._directory.glob(f"{collection}~*"):
+                if (writer := _living(path)) is not None and not (shared and "~shared~" in path.name):
+                    raise locked_by(collection, writer)
+            path = self._directory / f"{collection}~{'shared' if shared else 'alone'}~{secrets.token_hex(8)}"
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            held.callback(os.close, descriptor)
+            held.callback(_remove, path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os.write(descriptor, this_writer().encode())
+            return held.pop_all()
+
+
+def _living(path: Path) -> bytes | None:
+    """What a lease's file says, or None where its process is gone, and now the file too."""
+    try:
+        with open(path, "rb") as file:
+            if not _locked(file.fileno(), fcntl.LOCK_SH):
+                return file.read()
+    except FileNotFoundError:
+        return None
+    _remove(path)
+    return None
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # the whole directory may be gone
+        path.unlink()
 
 
 def _locked(descriptor: int, kind: int) -> bool:

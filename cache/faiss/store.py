@@ -3,6 +3,7 @@
     PATH/catalogue.sqlite    passage id -> segment and rows, header, text; manifests, aliases, counters (SQLite, WAL)
     PATH/segments/*.faiss    immutable FAISS index files holding codes; a passage is a contiguous range of rows
     PATH/writer.lock         held while writing, so that there is one writer at a time; number of acknowledged commits
+    PATH/writers/*           held by runs of writes, a file each, by collection: which process, since when
 
 A write makes its segment file durable, and only then commits the rows that point at it: after a crash a segment is
 committed, or an orphan that the next writer removes. Readers take no lock, and where the directory cannot be written,
@@ -14,7 +15,7 @@ write, after which software of that version rejects it; a compaction rewrites it
 
 import logging
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from cache.codecs import Codec
 from cache.errors import CacheError, CodecError, CollectionExists, CollectionInUse, CollectionNotFound
-from cache.faiss.catalogue import SUMS, CatalogueFile
+from cache.faiss.catalogue import SUMS, CatalogueFile, WriterLeases
 from cache.faiss.maintenance import Compaction, Compactor, audit, rebuild
 from cache.faiss.rows import Connection, read_records, translated, typed
 from cache.faiss.segments import SegmentFiles
@@ -145,6 +146,13 @@ class FaissStore(Store):
         with self._catalogue.reading() as connection:
             return connection.manifest(collection)
 
+    @contextmanager
+    def lease(self, collection: str, *, shared: bool = False) -> Iterator[Callable[[], None]]:
+        with translated(self.path):
+            held = WriterLeases(self.path / "writers").take(check_name("collection", collection), shared=shared)
+        with held:
+            yield lambda: None
+
     def write_manifest(self, manifest: Manifest) -> Manifest:
         name = manifest.collection
         with self._writing(), self._catalogue.writing() as connection:
@@ -178,7 +186,7 @@ class FaissStore(Store):
     def rename_collection(self, collection: str, name: str, alias: str | None = None) -> list[str]:
         names = self.list_collections()
         aliases_of_renamed(collection, name, alias, names, self.aliases())  # before anything is made
-        with self._writing(), self._catalogue.writing() as connection:
+        with self.lease(collection), self.lease(name), self._writing(), self._catalogue.writing() as connection:
             names = [one for _, one in connection.checked("collections")]
             aliases = aliases_of_renamed(collection, name, alias, names, dict(connection.checked("aliases")))
             connection.rename_collection(collection, name)

@@ -15,7 +15,7 @@ from cache.errors import CacheError, StoreAccessDenied, StoreFull, StoreUnavaila
 from cache.redis.connection import Address, Client, Deadline, Malformed
 
 T = TypeVar("T")
-Command = tuple[Any, ...]  # name, key, arguments
+Command = tuple[Any, ...]  # name, key, arguments; EVAL, script, 1, key, arguments
 IsValid = Callable[[object], bool]
 
 log = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ def _exchange(client: Client, commands: Sequence[Command], is_valid: IsValid) ->
         pipeline.execute_command(*command)
     token = os.urandom(8).hex().encode()
     if hasattr(client, "get_node_from_key"):
-        for node in {node.name: node for node in (client.get_node_from_key(key) for _, key, *_ in commands)}.values():
+        for node in {node.name: node for node in (client.get_node_from_key(_key(one)) for one in commands)}.values():
             pipeline.execute_command("ECHO", token, target_nodes=[node])
     else:
         pipeline.execute_command("ECHO", token)
@@ -227,6 +227,10 @@ def _exchange(client: Client, commands: Sequence[Command], is_valid: IsValid) ->
         if not (isinstance(reply, Exception) or is_valid(reply)):
             raise Malformed(f"a reply of type {type(reply).__name__}")
     return results
+
+
+def _key(command: Command) -> Any:
+    return command[3 if command[0] == "EVAL" else 1]
 
 
 def _is_echo(reply: object, token: bytes) -> bool:

@@ -4,6 +4,7 @@
     preread:aliases        hash    alias -> COLLECTION:CHECKSUM
     preread:generations    hash    storage name -> NUMBER:CHECKSUM, a random one after every write; survives a drop
     preread:p:STORAGE_NAME:PASSAGE_ID    string    one packed record (record.py), with the store's TTL if it has one
+    preread:w:COLLECTION   writers that hold it (leases.py)
 
 `preread` is the prefix (`?prefix=` in the URL), a checksum xxh3_64 of FIELD:VALUE in hex. Earlier versions wrote none;
 collections of version 1 still have a number alone, which their writers count on from. No counters and no index of ids:
@@ -17,6 +18,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -28,6 +30,7 @@ from cache import errors
 from cache.manifest import Manifest, storage_name_of
 from cache.record import HEADER_BYTES, Damaged, Header, Record, check_name, check_storage_name, passage_id_bytes
 from cache.redis.connection import Address
+from cache.redis.leases import Leases
 from cache.redis.link import IsValid, Link
 from cache.redis.replies import (
     alias_of,
@@ -72,6 +75,7 @@ class RedisStore(Store):
         links = (Link(address, budget_seconds=seconds, tls_ca_file=tls_ca_file) for seconds in budgets)
         self._online, self._bulk, self._counting = links
         self._ttl_seconds = ttl_seconds
+        self._leases = Leases(self._counting, address.prefix)
         self._renamed: dict[str, str] = {}  # where the name differs: storage name -> name when it was last looked up
         self._told: set[tuple[bytes, bytes]] = set()  # damaged aliases that the log has
         keys = (f"{address.prefix}:{name}" for name in ("manifests", "aliases", "generations"))
@@ -209,6 +213,9 @@ class RedisStore(Store):
         except errors.ManifestError as exc:
             raise errors.StoreDamaged(f"collection {collection!r} cannot be read: {exc}; see `preread verify`") from exc
 
+    def lease(self, collection: str, *, shared: bool = False) -> AbstractContextManager[Callable[[], None]]:
+        return self._leases.held(check_name("collection", collection), shared=shared)
+
     def write_manifest(self, manifest: Manifest) -> Manifest:
         name = manifest.collection
         manifest = manifest.stored({stored for one, stored in self._storage_names().items() if one != name})
@@ -243,6 +250,11 @@ class RedisStore(Store):
         aliases = aliases_of_renamed(collection, name, alias, names, self.aliases(self._bulk))
         if manifest is None:
             raise errors.CollectionNotFound(f"collection: {collection!r} does not exist any longer")
+        with self.lease(collection), self.lease(name):
+            return self._rename(manifest, name, aliases)
+
+    def _rename(self, manifest: Manifest, name: str, aliases: Sequence[str]) -> list[str]:
+        collection = manifest.collection
         is_there = not self._add_manifest(replace(manifest, collection=name))
         if is_there and self._storage_names().get(name) != manifest.storage_name:
             raise errors.CollectionExists(f"collection: {name!r} already exists in this store")
