@@ -124,7 +124,11 @@ class Collection:
             )
             for passage, rows, num_clipped in zip(passages, np.split(codes, ends), clipped, strict=True)
         }
-        self.store.put_many(self.storage_name, records)
+        try:
+            self.store.put_many(self.storage_name, records)
+        except errors.CollectionNotFound as exc:
+            gone = "is gone: it was dropped, or its store removed, after it was opened"
+            raise errors.CollectionGone(f"collection: {self.name!r} {gone}") from exc
         self._unjudged = judged if judged[0] < _MIN_JUDGED_STATES else (0, 0)
         return clipped
 

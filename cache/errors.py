@@ -36,6 +36,10 @@ class CollectionNotFound(CacheError):
     """No collection or alias of that name."""
 
 
+class CollectionGone(CollectionNotFound):
+    """The collection was dropped, or its store removed, after it was opened."""
+
+
 class CollectionExists(CacheError):
     """The name is taken by a collection or an alias."""
 

@@ -12,7 +12,7 @@ from typing import IO, Any, Self
 
 import click
 
-from cache.errors import CacheError, StoreDamaged, StoreFull, StoreLocked, StoreUnavailable
+from cache.errors import CacheError, CollectionGone, StoreDamaged, StoreFull, StoreLocked, StoreUnavailable
 from preread.errors import PrereadError
 
 BAD_ITEMS = 1
@@ -51,7 +51,7 @@ class CommandFailed(click.ClickException):
                 return cls("interrupted", INTERRUPTED)
             case PrereadError():
                 return cls(_told(error, text), BAD_INPUT if error.status in _CALLERS_FAULT else UNAVAILABLE)
-            case StoreUnavailable() | StoreLocked() | StoreFull() | StoreDamaged():
+            case StoreUnavailable() | StoreLocked() | StoreFull() | StoreDamaged() | CollectionGone():
                 return cls(text, UNAVAILABLE)
             case CacheError() | OSError() | ValueError():
                 return cls(text)

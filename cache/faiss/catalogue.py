@@ -305,6 +305,8 @@ class CatalogueFile:
                 num_commits = connection.num_commits() + 1
                 connection.set_num_commits(num_commits)
                 connection.execute("COMMIT")
+                if not self.path.exists():  # then it went into a file that was unlinked, or into none
+                    raise StoreUnavailable(f"store {self.path}: was removed while it was written")
             except BaseException:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")

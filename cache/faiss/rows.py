@@ -21,7 +21,15 @@ import xxhash
 from numpy.typing import NDArray
 
 from cache import errors
-from cache.errors import CacheError, DamagedRecord, StoreAccessDenied, StoreDamaged, StoreFull, StoreLocked
+from cache.errors import (
+    CacheError,
+    DamagedRecord,
+    StoreAccessDenied,
+    StoreDamaged,
+    StoreFull,
+    StoreLocked,
+    StoreUnavailable,
+)
 from cache.faiss.segments import Segment, SegmentFiles
 from cache.manifest import Manifest, storage_name_of
 from cache.record import RECORD_VERSION, Damaged, Header, Record, check_name, passage_id_bytes
@@ -56,11 +64,15 @@ _SELECT = """SELECT passage_id, header, windows, text, first_row, passages.num_s
 
 _OS: dict[int | None, tuple[type[CacheError], str]] = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (StoreFull, "no space left")),
+    **dict.fromkeys((errno.ENOENT, errno.ESTALE), (StoreUnavailable, "was removed or replaced")),
+    **dict.fromkeys((errno.EIO, errno.ENODEV, errno.ENXIO, errno.ENOTCONN), (StoreUnavailable, "does not answer")),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), (StoreAccessDenied, "not permitted")),
 }
 _SQLITE: dict[int, tuple[type[CacheError], str]] = {
     sqlite3.SQLITE_FULL: (StoreFull, "has no space left"),
     sqlite3.SQLITE_READONLY: (StoreAccessDenied, "may not be written"),
+    sqlite3.SQLITE_READONLY | 4 << 8: (StoreUnavailable, "was removed or replaced"),  # SQLITE_READONLY_DBMOVED
+    sqlite3.SQLITE_IOERR: (StoreUnavailable, "cannot be read or written"),
     sqlite3.SQLITE_CANTOPEN: (StoreAccessDenied, "cannot be opened"),
     **dict.fromkeys((sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH), (StoreAccessDenied, "may not be opened")),
     **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED), (StoreLocked, "is held by another process")),

@@ -55,6 +55,7 @@ class FaissStore(Store):
     def put_many(self, storage_name: str, records: Mapping[str, Record]) -> None:
         for passage_id in records:
             passage_id_bytes(passage_id)
+        self._check_exists(storage_name)
         with self._writing():
             collection_id, codec = self._require(storage_name)
             if not records:
@@ -168,8 +169,7 @@ class FaissStore(Store):
             return [name for _, name in connection.checked("collections", "ORDER BY name")]
 
     def drop_collection(self, collection: str) -> None:
-        if not self._catalogue.exists:
-            raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
+        self._check_exists(collection)
         with self._writing():
             with self._catalogue.writing() as connection:
                 collection_id = connection.require_collection(collection)
@@ -200,6 +200,7 @@ class FaissStore(Store):
 
     def set_alias(self, alias: str, collection: str, *, shadowing: bool = False) -> None:
         check_name("alias", alias)
+        self._check_exists(collection)
         with self._writing(), self._catalogue.writing() as connection:
             connection.set_alias(alias, collection, shadowing=shadowing)
 
@@ -211,6 +212,7 @@ class FaissStore(Store):
 
     def compact(self, storage_name: str) -> Compaction:
         """Merge small segments, drop unused codes, renew headers; readers go on, and between groups other writers."""
+        self._check_exists(storage_name)
         after: int | None = 0
         while after is not None:
             with self._writing():
@@ -281,6 +283,11 @@ class FaissStore(Store):
                     # Not removed right here: a failed COMMIT may still be found complete after a crash.
                     self._may_have_orphans = True
                     raise
+
+    def _check_exists(self, collection: str) -> None:
+        """Where there is no store there is no collection, and none is made for it."""
+        if not self._catalogue.exists:
+            raise CollectionNotFound(f"collection: {collection!r} does not exist in this store")
 
     def _require(self, storage_name: str) -> tuple[int, Codec]:
         with self._catalogue.reading() as connection:

@@ -1,10 +1,12 @@
 """The embedded store alone: files as FAISS reads them, compaction beside readers, damage, full disks."""
 
 import os
+import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import faiss
@@ -12,11 +14,13 @@ import numpy as np
 import pytest
 
 from cache.codecs import Codec
-from cache.errors import CacheError, CodecError, StoreDamaged
+from cache.collection import Collection, StoredPassage
+from cache.errors import CacheError, CodecError, CollectionGone, CollectionNotFound, StoreDamaged, StoreUnavailable
 from cache.faiss import maintenance
 from cache.faiss.segments import SegmentFiles
 from cache.faiss.store import FaissStore
 from cache.record import Damaged, Record
+from cache.states import PassageStates
 
 
 @pytest.fixture
@@ -271,3 +275,31 @@ def test_missing_permissions_are_told(store, path, make_record):
     finally:
         for directory in (path, path / "segments"):
             directory.chmod(stat.S_IRWXU)
+
+
+def test_a_store_that_was_removed_is_not_made_again_for_its_collection(store, path, make_manifest, make_record):
+    collection = Collection(store, store.read_manifest("passages"))
+    store.put_many("passages", {"a": make_record(1)})
+    shutil.rmtree(path)
+    passage = StoredPassage("p", PassageStates(np.ones((1, 8), np.float32), (4,), 4, False, bytes(32)))
+    with pytest.raises(CollectionGone, match="'passages' is gone"):
+        collection.put_many([passage])
+    for change in (store.compact, store.drop_collection, partial(store.set_alias, "live")):
+        with pytest.raises(CollectionNotFound):
+            change("passages")
+    assert not path.exists()
+    store.write_manifest(make_manifest())
+    collection.put_many([passage])
+
+
+def test_a_store_that_is_removed_while_it_is_written_acknowledges_nothing(store, path, make_record, monkeypatch):
+    write = SegmentFiles.write
+
+    def removed_after(files, codec, codes):
+        written = write(files, codec, codes)
+        shutil.rmtree(path)
+        return written
+
+    monkeypatch.setattr(SegmentFiles, "write", removed_after)
+    with pytest.raises(StoreUnavailable, match="was removed"):
+        store.put_many("passages", {"a": make_record(1)})

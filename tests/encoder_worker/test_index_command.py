@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+
+import pytest
 
 from cache.collection import Collection
 from cache.open import open_store
@@ -89,8 +94,9 @@ def test_told_to_stop_it_stores_what_it_encoded(
     assert stats(tmp_path) == stored > 0
 
 
+@pytest.mark.parametrize("damage", ["overwritten", "removed"])
 def test_a_store_that_goes_away_ends_the_run_with_its_counts(
-    tmp_path: Path, preread: Callable[..., subprocess.Popen[bytes]], real_texts: list[str]
+    tmp_path: Path, preread: Callable[..., subprocess.Popen[bytes]], real_texts: list[str], damage: str
 ) -> None:
     report_file = tmp_path / "report.json"
     arguments = ("-", "--format", "jsonl", "-c", "docs", "--report", report_file)
@@ -98,15 +104,40 @@ def test_a_store_that_goes_away_ends_the_run_with_its_counts(
     texts = [f"{i} {text}"[:200] for i, text in enumerate((real_texts * 2)[:4500])]
     feed(process, texts)
     wait_for_passages(tmp_path, process)
+    if damage == "removed":
+        shutil.rmtree(tmp_path / "store")
     for file in (tmp_path / "store").glob("catalogue.sqlite*"):
         file.write_bytes(b"overwritten" * 1000)
     out, err = process.communicate(timeout=60)
+    assert (tmp_path / "store" / "catalogue.sqlite").exists() == (damage != "removed")
     assert process.returncode == 3, err
     written = json.loads(report_file.read_text())
     assert 0 < written["num_stored"] < written["num_read"]
     assert f"{written['num_read']:,} read, {written['num_stored']:,} stored".encode() in out
     assert b"run again to go on from here\npreread: error: " in err
     assert err.decode().splitlines()[-1] == f"preread: error: {written['stopped_by']}"
+
+
+def test_a_second_run_of_a_collection_is_refused_by_name_or_waits(
+    tmp_path: Path, preread: Callable[..., subprocess.Popen[bytes]], run_index: RunIndex, jsonl: Callable[..., Path]
+) -> None:
+    path = jsonl(["text 0", "text 1"])
+    with closing(open_store(f"faiss:{tmp_path / 'store'}")) as store:
+        with store.lease("docs"):
+            code, out, err = run_index(path, "-c", "docs")
+            assert (code, out) == (3, "")
+            assert f"collection 'docs' is being written by process {os.getpid()} on " in err
+            assert run_index(path, "-c", "others")[0] == 0
+            waiting = preread("index", path, "-c", "docs", "--wait", stderr=subprocess.PIPE)
+            assert waiting.stderr is not None
+            while b"waiting: collection 'docs' is being written" not in (line := waiting.stderr.readline()):
+                assert line, waiting.poll()
+        out, err = waiting.communicate(timeout=60)
+        assert waiting.returncode == 0, err
+        assert b"2 stored" in out
+        with store.lease("docs", shared=True):  # an upload
+            assert run_index(path, "-c", "docs")[0] == 3
+    assert run_index(path, "-c", "docs")[0] == 0
 
 
 def test_stored_passages_that_the_input_lacks_are_counted(
