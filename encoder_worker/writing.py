@@ -77,7 +77,10 @@ class Target:
     ) -> None:
         self.store, self.name, identity = store, check_name("collection", name), encoder.identity
         if alias is not None and (check_name("alias", alias) == name or alias in store.list_collections()):
-            raise errors.CollectionExists(f"alias: {alias!r} is the name of a collection; expected another name")
+            raise errors.CollectionExists(
+                f"alias: {alias!r} is the name of a collection; "
+                "expected another name, or that collection under another (`preread collection rename`)"
+            )
         try:
             found = Collection.open(store, name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint)
         except errors.CollectionNotFound:

@@ -203,10 +203,11 @@ def _print_verified(found: _Verified, max_shown: int, remove_damaged: bool) -> N
 
 @click.group()
 def collection() -> None:
-    """Point an alias at a collection, compact, re-encode or drop it.
+    """Point an alias at a collection, rename, compact, re-encode or drop it.
 
     To replace a collection while it is in use: index a second one next to it, point the alias at that
-    one, drop the first. Readers see one or the other, never a mixture.
+    one, drop the first. Readers see one or the other, never a mixture. A collection that has the name which
+    readers use is renamed before, with that name as its alias.
     """
 
 

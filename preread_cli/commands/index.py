@@ -66,7 +66,8 @@ def index(ctx: click.Context, /, **options: Any) -> None:
       .txt       one passage per line; the line number is its id
 
     Run it again after an interruption or a change: only what is missing or has another text is encoded.
-    To rebuild in place of a collection in use, index into a new one and move the --alias.
+    To rebuild in place of a collection in use, index into a new one and move the --alias; `preread collection
+    rename` makes room for an alias that has the collection's own name.
 
     \b
     Exit codes: 0 all stored, 1 some items were refused (the report says which), 2 bad input,

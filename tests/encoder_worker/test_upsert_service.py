@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cache.collection import Collection
+from cache.errors import StoreLocked
 from cache.store import Store
 from encoder_worker.config import CollectionSettings
 from encoder_worker.indexing import index
@@ -61,6 +62,34 @@ async def test_an_acknowledged_passage_is_in_the_store(worker: Serve, store: Sto
         assert None not in Collection.open(store, "docs").digests(["a", "b"])
         await call.done_writing()
         assert await call.read() is grpc.aio.EOF
+
+
+async def test_uploads_share_a_collection_that_index_runs_and_renames_then_leave_alone(
+    worker: Serve, store: Store, encoder: PassageEncoder, passages: Callable[..., list[SourcePassage]]
+) -> None:
+    async with worker() as to:
+        calls = [to.stub.Upsert() for _ in range(3)]
+        for number, call in enumerate(calls):
+            await call.write(to.message("docs", **{f"p{number}": f"text {number}"}))
+            assert to.statuses([await call.read()]) == [[STORED]]
+        for refused in (
+            lambda: index(passages(["a text"]), encoder, store, "docs"),
+            lambda: store.rename_collection("docs", "docs-1", "docs"),
+        ):
+            with pytest.raises(StoreLocked, match="is being written by process"):
+                await asyncio.to_thread(refused)
+        for call in calls:
+            await call.done_writing()
+            assert await call.read() is grpc.aio.EOF
+            assert await call.code() == grpc.StatusCode.OK
+        with store.lease("docs"):
+            with pytest.raises(grpc.aio.AioRpcError, match="'docs' is being written by process") as caught:
+                await to.upsert(to.message("docs", p9="text 9"))
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        store.rename_collection("docs", "docs-1", "docs")
+        responses = await to.upsert(to.message("docs", p0="text 0", p9="text 9"))
+        assert to.statuses(responses) == [[UNCHANGED, STORED]]
+    assert Collection.open(store, "docs-1").stats().num_passages == 4
 
 
 async def test_of_several_passages_with_one_id_the_first_counts_however_far_apart(worker: Serve, store: Store) -> None:
