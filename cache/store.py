@@ -192,8 +192,10 @@ def aliases_of_renamed(
             f"collection: {collection!r}{is_alias or ' does not exist in this store;'} expected "
             "the name of a collection"
         )
-    if name in names or name in aliases:
+    if name in names:
         raise CollectionExists(f"collection: {name!r} already exists in this store")
+    if name in aliases:
+        raise CollectionExists(f"collection: {name!r} is an alias of {aliases[name]!r}; expected a name that is free")
     moved = {one for one, target in aliases.items() if target in (collection, name)}
     if alias is not None and check_name("alias", alias) not in moved:
         if alias == name or (alias in names and alias != collection):

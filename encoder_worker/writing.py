@@ -79,7 +79,7 @@ class Target:
         if alias is not None and (check_name("alias", alias) == name or alias in store.list_collections()):
             raise errors.CollectionExists(
                 f"alias: {alias!r} is the name of a collection; "
-                "expected another name, or that collection under another (`preread collection rename`)"
+                "expected another name, or rename that collection (`preread collection rename`)"
             )
         try:
             found = Collection.open(store, name, fingerprint=identity.fingerprint, checkpoint=identity.checkpoint)
