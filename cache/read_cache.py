@@ -129,12 +129,12 @@ class CachedStore(_StoreWrapper):
     def num_bytes(self) -> int:
         return self._entries.num_bytes
 
-    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[_Read]:
-        generation = self.generation(collection)
-        held = {id_: entry for id_ in passage_ids if (entry := self._entries.get((collection, id_))) is not None}
+    def get_many(self, storage_name: str, passage_ids: Sequence[str]) -> list[_Read]:
+        generation = self.generation(storage_name)
+        held = {id_: entry for id_ in passage_ids if (entry := self._entries.get((storage_name, id_))) is not None}
         if aged := {id_: entry for id_, entry in held.items() if entry.generation != generation}:
             # Something in the collection changed. A header's checksum covers the whole record, so it settles which.
-            headers = self.store.headers_many(collection, list(aged))
+            headers = self.store.headers_many(storage_name, list(aged))
             for (passage_id, entry), header in zip(aged.items(), headers, strict=True):
                 if header is not None and header.checksum == entry.record.header.checksum:
                     entry.generation = generation
@@ -144,24 +144,24 @@ class CachedStore(_StoreWrapper):
         missing = [passage_id for passage_id in dict.fromkeys(passage_ids) if passage_id not in found]
         self.num_hits += len(found)
         self.num_misses += len(missing)
-        found |= self._fetch(collection, generation, missing)
+        found |= self._fetch(storage_name, generation, missing)
         return [found[passage_id] for passage_id in passage_ids]
 
-    def generation(self, collection: str) -> int:
+    def generation(self, storage_name: str) -> int:
         now = time.monotonic()
-        generation, read_at = self._generations.get(collection, (0, -math.inf))
+        generation, read_at = self._generations.get(storage_name, (0, -math.inf))
         if now - read_at >= self._staleness_seconds:
-            generation = self.store.generation(collection)
-            self._generations[collection] = (generation, now)
+            generation = self.store.generation(storage_name)
+            self._generations[storage_name] = (generation, now)
         return generation
 
-    def put_many(self, collection: str, records: Mapping[str, Record]) -> None:
-        with self._forgetting(collection, records):
-            self.store.put_many(collection, records)
+    def put_many(self, storage_name: str, records: Mapping[str, Record]) -> None:
+        with self._forgetting(storage_name, records):
+            self.store.put_many(storage_name, records)
 
-    def delete_many(self, collection: str, passage_ids: Sequence[str]) -> int:
-        with self._forgetting(collection, passage_ids):
-            return self.store.delete_many(collection, passage_ids)
+    def delete_many(self, storage_name: str, passage_ids: Sequence[str]) -> int:
+        with self._forgetting(storage_name, passage_ids):
+            return self.store.delete_many(storage_name, passage_ids)
 
     def drop_collection(self, collection: str) -> None:
         with self._forgetting():  # dropping is rare, and a cache that can be listed would be slower
@@ -175,22 +175,22 @@ class CachedStore(_StoreWrapper):
         with self._forgetting():
             self.store.close()
 
-    def _fetch(self, collection: str, generation: int, passage_ids: Sequence[str]) -> dict[str, _Read]:
+    def _fetch(self, storage_name: str, generation: int, passage_ids: Sequence[str]) -> dict[str, _Read]:
         own: dict[str, Future[_Read]] = {}
         flights: dict[str, Future[_Read]] = {}
         with self._lock:
             for passage_id in passage_ids:
-                key = collection, generation, passage_id
+                key = storage_name, generation, passage_id
                 if key not in self._flights:
                     own[passage_id] = self._flights[key] = Future()
                 flights[passage_id] = self._flights[key]
         if own:
             try:
-                for passage_id, record in zip(own, self.store.get_many(collection, list(own)), strict=True):
+                for passage_id, record in zip(own, self.store.get_many(storage_name, list(own)), strict=True):
                     if isinstance(record, Record):
                         # A copy: the codes may be a view into a larger buffer, which would stay alive uncounted.
                         kept = replace(record, codes=record.codes.copy())
-                        self._entries.put((collection, passage_id), _CachedRecord(kept, generation))
+                        self._entries.put((storage_name, passage_id), _CachedRecord(kept, generation))
                     own[passage_id].set_result(record)
             except BaseException as exc:
                 for flight in own.values():
@@ -200,22 +200,22 @@ class CachedStore(_StoreWrapper):
             finally:
                 with self._lock:
                     for passage_id in own:
-                        del self._flights[collection, generation, passage_id]
+                        del self._flights[storage_name, generation, passage_id]
         return {passage_id: flight.result() for passage_id, flight in flights.items()}
 
     @contextmanager
-    def _forgetting(self, collection: str | None = None, passage_ids: Iterable[str] = ()) -> Iterator[None]:
+    def _forgetting(self, storage_name: str | None = None, passage_ids: Iterable[str] = ()) -> Iterator[None]:
         """Forget passages, or all, at the end: also after an error, because some of a write may be done."""
         try:
             yield
         finally:
-            if collection is None:
+            if storage_name is None:
                 self._generations.clear()
                 self._entries.clear()
             else:
-                self._generations.pop(collection, None)
+                self._generations.pop(storage_name, None)
                 for passage_id in passage_ids:
-                    self._entries.remove((collection, passage_id))
+                    self._entries.remove((storage_name, passage_id))
 
 
 class TimedStore(_StoreWrapper):
@@ -225,10 +225,10 @@ class TimedStore(_StoreWrapper):
         super().__init__(store)
         self._on_read = on_read
 
-    def get_many(self, collection: str, passage_ids: Sequence[str]) -> list[_Read]:
+    def get_many(self, storage_name: str, passage_ids: Sequence[str]) -> list[_Read]:
         start = time.monotonic()
         try:
-            records = self.store.get_many(collection, passage_ids)
+            records = self.store.get_many(storage_name, passage_ids)
         except CacheError:
             self._on_read(time.monotonic() - start, 0, False)
             raise

@@ -440,6 +440,18 @@ def test_version_1_is_read_as_it_lies_and_brought_up_by_the_first_write(path, ol
         assert verified(path) == (Audit(), set())
 
 
+def test_a_collection_of_version_1_is_renamed_by_the_first_write(path, old):
+    with closing(FaissStore(path)) as reader, closing(FaissStore(path)) as writer:
+        opened = Collection.open(reader, "live")
+        assert opened.get_texts(["a", "b"]) == ["a", "b"]
+        assert writer.rename_collection("passages", "renamed", "passages") == ["live", "passages"]
+        for collection in (opened, Collection.open(reader, "passages"), Collection.open(writer, "live")):
+            assert collection.digests(["a", "b"]) == [bytes(32)] * 2
+            assert not [damage for _, _, damage in collection.verify() if damage]
+        assert writer.generation(opened.storage_name) == 5
+        assert writer.audit("renamed") == Audit()
+
+
 def test_compaction_writes_records_of_version_1_again(path, old):
     with closing(FaissStore(path)) as store:
         store.compact("passages")
