@@ -70,6 +70,23 @@ def test_stats_show_what_is_there(store: str, tiny_checkpoint: Path) -> None:
     assert "12 (0 cut at 1,024 tokens)" in table
 
 
+def test_a_collection_is_renamed_unless_it_is_written(store: str) -> None:
+    with closing(open_store(store)) as opened, opened.lease("docs"):
+        refused = run("collection", "rename", "docs", "docs-1", "--alias", "docs", "--store", store)
+        assert (refused.returncode, refused.stdout) == (3, "")
+        assert "collection 'docs' is being written by process " in refused.stderr
+    renamed = in_process("collection", "rename", "docs", "docs-1", "--alias", "docs", store=store)
+    assert (renamed.exit_code, renamed.stdout) == (0, "docs is now docs-1\ndocs -> docs-1\n")
+    again = in_process("collection", "rename", "docs", "docs-1", store=store)
+    assert again.exit_code == 2
+    assert "'docs' is an alias of 'docs-1'; expected the name of a collection" in again.stderr
+    (row,) = json.loads(in_process("stats", "--json", store=store).stdout)
+    assert (row["collection"], row["aliases"], row["num_passages"]) == ("docs-1", ["docs"], NUM_PASSAGES)
+    assert in_process("verify", "-c", "docs", store=store).stdout == "docs-1: 12 passages read, 0 damaged\n"
+    compacted = in_process("collection", "compact", "docs", store=store)
+    assert (compacted.exit_code, compacted.stdout) == (0, "docs-1 is compact\n")
+
+
 def test_an_empty_store_is_no_error(tmp_path: Path) -> None:
     answer = in_process("stats", store=f"faiss:{tmp_path / 'new'}")
 
