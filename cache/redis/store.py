@@ -10,15 +10,15 @@
 collections of version 1 still have a number alone, which their writers count on from. No counters and no index of ids:
 they would drift as passages expire; counting and listing scan the keys. A rename is a new manifest, then aliases, then
 the end of the old manifest: in a cluster these keys lie apart, and after each step every name leads to the passages, so
-one that was cut off is run again. Replies are not trusted, and keys and fields
-that cannot be Preread's are skipped: the database may be shared. A multi-get is not atomic, each passage is.
+one that was cut off is run again. Replies are not trusted, and keys and fields that cannot be Preread's are skipped:
+the database may be shared. A multi-get is not atomic, each passage is.
 """
 
 import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -244,17 +244,18 @@ class RedisStore(Store):
             self._unlink(batch)
 
     def rename_collection(self, collection: str, name: str, alias: str | None = None) -> list[str]:
+        with ExitStack() as held:
+            for one in {collection, name}:
+                held.enter_context(self.lease(one))
+            return self._rename(collection, name, alias)
+
+    def _rename(self, collection: str, name: str, alias: str | None) -> list[str]:
         names, manifest = self._storage_names(), self.read_manifest(collection, self._bulk)
         if manifest is not None and name != collection and names.get(name) == manifest.storage_name:
             del names[name]  # of a rename that was cut off
         aliases = aliases_of_renamed(collection, name, alias, names, self.aliases(self._bulk))
         if manifest is None:
             raise errors.CollectionNotFound(f"collection: {collection!r} does not exist any longer")
-        with self.lease(collection), self.lease(name):
-            return self._rename(manifest, name, aliases)
-
-    def _rename(self, manifest: Manifest, name: str, aliases: Sequence[str]) -> list[str]:
-        collection = manifest.collection
         is_there = not self._add_manifest(replace(manifest, collection=name))
         if is_there and self._storage_names().get(name) != manifest.storage_name:
             raise errors.CollectionExists(f"collection: {name!r} already exists in this store")
