@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
 
 import numpy as np
@@ -144,6 +144,32 @@ class Collection:
         """The stored text per id; None where there is none, or the passage is damaged or missing."""
         records = self._read(self.store.get_many, passage_ids)
         return [record.text if isinstance(record, Record) else None for record in records]
+
+    def find_texts(self, digests: Sequence[bytes]) -> list[tuple[str, EncodedPassage] | None]:
+        """Per SHA-256 of a text, the first passage that was encoded from it and its states; None where none is whole.
+
+        Both reads of the store share the time budget of one.
+        """
+        with self.store.one_read():
+            ids = self.store.ids_of_texts(self.storage_name, digests)
+            found = self._of_texts(digests, [own[:1] for own in ids])
+            # A second id is needed where the first was changed or damaged, which is rare.
+            missed = [i for i, own in enumerate(ids) if found[i] is None and own[1:]]
+            others = self._of_texts([digests[i] for i in missed], [ids[i][1:] for i in missed])
+        for i, other in zip(missed, others, strict=True):
+            found[i] = other
+        return found
+
+    def _of_texts(
+        self, digests: Sequence[bytes], ids: Sequence[Sequence[str]]
+    ) -> list[tuple[str, EncodedPassage] | None]:
+        distinct = list(dict.fromkeys(chain.from_iterable(ids)))
+        read = dict(zip(distinct, self.get_encoded_many(distinct), strict=True)) if distinct else {}
+        whole = {one: states for one, states in read.items() if isinstance(states, EncodedPassage)}
+        return [
+            next(((one, whole[one]) for one in own if one in whole and whole[one].text_digest == digest), None)
+            for digest, own in zip(digests, ids, strict=True)
+        ]
 
     def digests(self, passage_ids: Sequence[str]) -> list[bytes | None]:
         """SHA-256 of the text each stored passage was encoded from, or None; for writers, reads no states."""

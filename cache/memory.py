@@ -3,14 +3,23 @@
 import heapq
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 from cache.errors import CollectionExists, CollectionInUse, CollectionNotFound
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, passage_id_bytes
-from cache.store import Store, StoreStats, aliases_of_renamed, locked_by, this_writer
+from cache.store import (
+    MAX_IDS_OF_TEXT,
+    OnProgress,
+    Store,
+    StoreStats,
+    aliases_of_renamed,
+    locked_by,
+    this_writer,
+)
 
 
 class MemoryStore(Store):
@@ -24,6 +33,7 @@ class MemoryStore(Store):
         self._lock = threading.RLock()
         self._manifests: dict[str, Manifest] = {}
         self._values: dict[str, dict[str, bytes]] = {}
+        self._texts: dict[str, defaultdict[bytes, set[str]]] = {}  # ids of each text's digest
         self._aliases: dict[str, str] = {}
         self._generations: dict[str, int] = {}
         self._writers: dict[str, list[tuple[bool, str]]] = {}  # whether they share a collection, and which they are
@@ -49,7 +59,10 @@ class MemoryStore(Store):
         with self._lock:
             if storage_name not in self._values:
                 raise CollectionNotFound(f"collection: {storage_name!r} does not exist in this store")
+            self._forget_texts(storage_name, packed)
             self._values[storage_name].update(packed)
+            for passage_id, record in records.items():
+                self._texts[storage_name][record.header.text_digest].add(passage_id)
             self._touch(storage_name)
 
     def get_many(self, storage_name: str, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
@@ -57,6 +70,7 @@ class MemoryStore(Store):
 
     def delete_many(self, storage_name: str, passage_ids: Sequence[str]) -> int:
         with self._lock:
+            self._forget_texts(storage_name, passage_ids)
             values = self._values.get(storage_name, {})
             num_deleted = sum(values.pop(passage_id, None) is not None for passage_id in passage_ids)
             if num_deleted:
@@ -77,6 +91,18 @@ class MemoryStore(Store):
             later = (one for id_ in self._values.get(storage_name, {}) if (one := id_.encode()) > after)
             page = heapq.nsmallest(limit + 1, later)
         return [one.decode() for one in page[:limit]], page[limit - 1] if len(page) > limit else b""
+
+    def ids_of_texts(self, storage_name: str, digests: Sequence[bytes]) -> list[list[str]]:
+        with self._lock:
+            known = self._texts.get(storage_name, {})
+            return [heapq.nsmallest(MAX_IDS_OF_TEXT, known.get(digest, ()), key=str.encode) for digest in digests]
+
+    def finds_texts(self, storage_name: str) -> bool:
+        return True
+
+    def index_texts(self, storage_name: str, on_progress: OnProgress | None = None) -> None:
+        if storage_name not in self._texts:  # they are kept with every write
+            raise CollectionNotFound(f"collection: {storage_name!r} does not exist in this store")
 
     def stats(self, storage_name: str) -> StoreStats:
         return StoreStats.of(self.headers_many(storage_name, self._ids(storage_name)))
@@ -110,6 +136,7 @@ class MemoryStore(Store):
                 raise CollectionExists(f"collection: {name!r} already exists in this store")
             manifest = manifest.stored(self._values)
             self._manifests[name], self._values[manifest.storage_name] = manifest, {}
+            self._texts[manifest.storage_name] = defaultdict(set)
             self._touch(manifest.storage_name)
             return manifest
 
@@ -122,7 +149,7 @@ class MemoryStore(Store):
             self._require(collection)
             CollectionInUse.check(collection, self._aliases)
             storage_name = self._manifests.pop(collection).storage_name
-            del self._values[storage_name]
+            del self._values[storage_name], self._texts[storage_name]
             self._touch(storage_name)
 
     def rename_collection(self, collection: str, name: str, alias: str | None = None) -> list[str]:
@@ -156,6 +183,14 @@ class MemoryStore(Store):
     def _ids(self, storage_name: str) -> list[str]:
         with self._lock:
             return list(self._values.get(storage_name, {}))
+
+    def _forget_texts(self, storage_name: str, passage_ids: Iterable[str]) -> None:
+        for passage_id in passage_ids:
+            header = Header.checked(passage_id, self._values.get(storage_name, {}).get(passage_id))
+            if header is not None and (ids := self._texts[storage_name].get(header.text_digest)) is not None:
+                ids.discard(passage_id)
+                if not ids:
+                    del self._texts[storage_name][header.text_digest]
 
     def _find(self, storage_name: str, passage_ids: Sequence[str]) -> list[bytes | None]:
         with self._lock:

@@ -29,6 +29,8 @@ _START = struct.Struct("<4sH")
 _FIELDS = {1: struct.Struct("<4sHHIIIIII32sQQ"), 2: struct.Struct("<4sHHIIIIIII32sQQ")}  # by version
 _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _FIELDS[RECORD_VERSION].size + _CHECKSUM.size  # of the latest version, which has the longest
+DIGEST_BYTES = 32  # of a text's SHA-256
+DIGEST_FROM_END = DIGEST_BYTES + 3 * _CHECKSUM.size  # where it begins in a header of any version, from the header's end
 _TRUNCATED, _HAS_TEXT = 1, 2
 
 MAX_PASSAGE_ID_BYTES = 512

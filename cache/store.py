@@ -11,13 +11,17 @@ import secrets
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from cache.errors import CollectionExists, CollectionNotFound, StoreLocked
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name
+
+MAX_IDS_OF_TEXT = 4  # enough to find one that is whole; a text may be stored under any number
+
+OnProgress = Callable[[int, int], None]  # how many are done, of how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,29 @@ class Store(ABC):
         A page has about `limit` ids: at times fewer, none even, or some more. Raises InvalidPageToken for an `after`
         that is of no earlier page, or of one from before the store could have lost its order.
         """
+
+    @abstractmethod
+    def ids_of_texts(self, storage_name: str, digests: Sequence[bytes]) -> list[list[str]]:
+        """Passages by the SHA-256 of their text: per digest up to MAX_IDS_OF_TEXT ids, the first in order of bytes.
+
+        They are hints: a passage may have another text by now, or be gone, so its record's own digest decides. Where
+        `finds_texts` is false, passages are missed.
+        """
+
+    @abstractmethod
+    def finds_texts(self, storage_name: str) -> bool:
+        """Whether passages can be found by text: not in collections that were made before stores kept the digests."""
+
+    @abstractmethod
+    def index_texts(self, storage_name: str, on_progress: OnProgress | None = None) -> None:
+        """Make all passages of a collection findable by text; where they are, it changes nothing.
+
+        May run beside readers and writers, and again after an interruption. Raises CollectionNotFound.
+        """
+
+    def one_read(self) -> AbstractContextManager[object]:
+        """The reads of this thread within the block share the time budget of one, where the store has such a budget."""
+        return nullcontext()
 
     @abstractmethod
     def stats(self, storage_name: str) -> StoreStats: ...

@@ -40,7 +40,7 @@ from cache.errors import CacheError
 from cache.faiss.store import FaissStore
 from cache.manifest import Manifest
 from cache.record import Damaged, Record
-from cache.states import PassageStates, text_digest
+from cache.states import EncodedPassage, PassageStates, text_digest
 from cache.store import Store
 
 DIM, NUM_PASSAGES, SECONDS = 8, 60, 60
@@ -147,16 +147,18 @@ def answers(store: Store) -> Answers:
             collection = Collection.open(store, name)
             found = collection.get_encoded_many(IDS)
             texts, digests = collection.get_texts(IDS), collection.digests(IDS)
+            by_text = collection.find_texts([text_digest(f"{name}: the text of {passage_id}") for passage_id in IDS])
         except CacheError as exc:
             said[f"{name}: passages"] = SAID + type(exc).__name__
             continue
-        for passage_id, passage, text, digest in zip(IDS, found, texts, digests, strict=True):
+        for passage_id, passage, *others in zip(IDS, found, texts, digests, map(_found, by_text), strict=True):
             states = SAID if isinstance(passage, Damaged) else ""
             if passage is not None and not isinstance(passage, Damaged):
                 states = passage.states.rows.tobytes().hex() + str(passage.window_tokens) + str(passage.truncated)
             said[f"{name}: {passage_id}"] = states
-            # Neither has a word for damage: it is told by the states of the same passage.
-            said[f"{name}: text of {passage_id}"] = SAID if states == SAID else str((text, digest))
+            # None has a word for damage: it is told by the states of the same passage.
+            said[f"{name}: text of {passage_id}"] = SAID if states == SAID else str(others)
+        ask(f"{name}: finds texts", lambda: store.finds_texts(name))  # noqa: B023
         ask(f"{name}: scan", lambda: sorted(map(_scanned, store.scan(name))))  # noqa: B023
         if SAID in said[f"{name}: scan"]:
             said[f"{name}: scan"] = SAID
@@ -185,6 +187,10 @@ def outcome(target: Target, expected: Answers) -> str:
         return "silent"
     store.close()
     return "verify" if unsaid else "read" if changed else "unused"
+
+
+def _found(one: tuple[str, EncodedPassage] | None) -> str:
+    return "" if one is None else one[0] + one[1].states.rows.tobytes().hex()
 
 
 def _scanned(entry: tuple[str, Record | Damaged]) -> str:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.reliability redis_damage [--count 3000] [--seed 0]
 
-Every value of a store takes part: records, manifests, aliases and generations. Outcomes are those of `damage`. A key
-that is gone is not among the faults, because that is what a deletion looks like.
+Every value of a store takes part: records, manifests, aliases, generations, and ids by their text. Outcomes are those
+of `damage`. A key that is gone is not among the faults, because that is what a deletion looks like.
 """
 
 from __future__ import annotations
@@ -56,32 +56,39 @@ class Values(Target):
         self._changed = set()
 
     def _parts(self) -> list[str]:
-        """`records of COLLECTION/ID`, or `HASH/FIELD`."""
+        """`records of COLLECTION/ID`, `sets of COLLECTION/DIGEST` of the one id in each, or `HASH/FIELD`."""
         parts = []
         for key in self._client.scan_iter(self._prefix + b"*"):
             name = key.removeprefix(self._prefix).decode()
-            if name.startswith("p:"):
-                _, collection, passage_id = name.split(":", 2)
-                parts.append(f"records of {collection}/{passage_id}")
+            if name.startswith(("p:", "t:")):
+                kind, collection, rest = name.split(":", 2)
+                parts.append(f"{'records' if kind == 'p' else 'sets'} of {collection}/{rest}")
             else:
                 parts += [f"{name}/{field.decode()}" for field in self._client.hkeys(key)]
         return sorted(parts)
 
     def _key(self, part: str) -> tuple[bytes, str | None]:
         kind, _, name = part.partition("/")
-        if kind.startswith("records of "):
-            return self._prefix + f"p:{kind.removeprefix('records of ')}:{name}".encode(), None
+        what, of, collection = kind.partition(" of ")
+        if of:
+            return self._prefix + f"{'p' if what == 'records' else 't'}:{collection}:{name}".encode(), None
         return self._prefix + kind.encode(), name
 
     def _read(self, part: str) -> bytes:
         key, field = self._key(part)
-        value = self._client.get(key) if field is None else self._client.hget(key, field)
+        if part.startswith("sets"):
+            (value,) = self._client.zrange(key, 0, -1)
+        else:
+            value = self._client.get(key) if field is None else self._client.hget(key, field)
         assert isinstance(value, bytes)
         return value
 
     def _write(self, part: str, value: bytes) -> None:
         key, field = self._key(part)
-        if field is None:
+        if part.startswith("sets"):
+            self._client.delete(key)
+            self._client.zadd(key, {value: 0})
+        elif field is None:
             self._client.set(key, value)
         else:
             self._client.hset(key, field, value)

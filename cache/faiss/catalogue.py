@@ -20,7 +20,7 @@ from typing import NamedTuple
 import xxhash
 
 from cache.errors import StoreAccessDenied, StoreDamaged, StoreLocked, StoreUnavailable
-from cache.faiss.rows import COVERED, UNCHECKED, Connection, translated
+from cache.faiss.rows import COVERED, TEXT_INDEX, UNCHECKED, Connection, translated
 from cache.faiss.segments import fsync_directory
 from cache.store import locked_by, this_writer
 
@@ -68,6 +68,7 @@ CREATE TABLE passages (row_key INTEGER PRIMARY KEY, collection_id INTEGER NOT NU
     {", ".join(f"{column} INTEGER NOT NULL" for column in SUMS.values())},
     header BLOB NOT NULL, windows BLOB NOT NULL, text BLOB NOT NULL, UNIQUE (collection_id, passage_id));
 CREATE INDEX passages_by_segment ON passages (segment_id);
+{TEXT_INDEX}
 {_VERSION_2}"""
 _CHECKSUMS = "".join(
     f"ALTER TABLE {table} ADD COLUMN checksum BLOB;\n"
@@ -82,6 +83,7 @@ DROP TRIGGER passages_added;
 DROP TRIGGER passages_removed;
 DROP TRIGGER passages_replaced;
 {_CHECKSUMS}
+{TEXT_INDEX}
 {_VERSION_2}"""
 # A catalogue of version 1 that cannot be written, or was not written since, read as if it were version 2.
 _MARK = f"x'{UNCHECKED.hex()}' AS checksum"

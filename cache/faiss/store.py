@@ -29,7 +29,7 @@ from cache.faiss.rows import Connection, read_records, translated, typed
 from cache.faiss.segments import SegmentFiles
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, is_passage_id, passage_id_bytes
-from cache.store import Audit, Store, StoreStats, aliases_of_renamed
+from cache.store import Audit, OnProgress, Store, StoreStats, aliases_of_renamed
 
 _SCAN_PAGE_PASSAGES, _RENEWED_PASSAGES = 256, 20_000
 
@@ -130,6 +130,25 @@ class FaissStore(Store):
             page = [] if collection_id is None else connection.next_ids(collection_id, after, limit + 1)
         ids = (one.decode(errors="surrogateescape") for one in page[:limit])  # `verify` reports those that are no ids
         return list(filter(is_passage_id, ids)), page[limit - 1] if len(page) > limit else b""
+
+    def ids_of_texts(self, storage_name: str, digests: Sequence[bytes]) -> list[list[str]]:
+        with self._catalogue.reading() as connection:
+            collection_id = self._find(connection, storage_name)
+            if collection_id is None or not connection.has_text_index:
+                return [[] for _ in digests]
+            return [connection.ids_of_text(collection_id, digest) for digest in digests]
+
+    def finds_texts(self, storage_name: str) -> bool:
+        with self._catalogue.reading() as connection:
+            return connection.has_text_index
+
+    def index_texts(self, storage_name: str, on_progress: OnProgress | None = None) -> None:
+        """Of every collection of the catalogue, in one transaction; writers wait for it, and readers do not."""
+        with self._writing(), self._catalogue.writing() as connection:
+            if self._find(connection, storage_name) is None:
+                raise CollectionNotFound(f"collection: {storage_name!r} does not exist in this store")
+            if not connection.has_text_index:
+                connection.make_text_index()
 
     def stats(self, storage_name: str) -> StoreStats:
         # As the triggers keep count; `audit` compares them with the rows.

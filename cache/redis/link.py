@@ -5,7 +5,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -54,12 +55,13 @@ class Link:
         self._num_failures, self._open_until, self._reason = 0, 0.0, ""  # of the circuit breaker
         self._tls_ca_file = tls_ca_file
         self._lock = threading.Lock()
+        self._shared = threading.local()  # its `deadline`: of all calls of a thread, within `one_budget`
         self.client: Client | None = None
 
     def call(self, work: Callable[[Client, Deadline], T]) -> T:
         """The result of `work`, which may run twice, or a CacheError, within the budget."""
         self._check_breaker()
-        deadline = Deadline(self._budget_seconds)
+        deadline = getattr(self._shared, "deadline", None) or Deadline(self._budget_seconds)
         try:
             attempt = partial(deadline.bounding, partial(self._try_twice, work, deadline))
             # A cluster's client sleeps and waits for locks between its reads, whatever the deadline.
@@ -72,6 +74,15 @@ class Link:
             raise error from exc
         self._ended()
         return result
+
+    @contextmanager
+    def one_budget(self) -> Iterator[None]:
+        """All calls of this thread within the block share one budget."""
+        self._shared.deadline = Deadline(self._budget_seconds)
+        try:
+            yield
+        finally:
+            self._shared.deadline = None
 
     def run(
         self, commands: Sequence[Command], is_valid: IsValid, max_chunk: int = 1, chunk_bytes: int = 0, node: Any = None

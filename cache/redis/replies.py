@@ -81,6 +81,11 @@ def check_generation(field: bytes, value: bytes) -> None:
         raise errors.DamagedRecord("its checksum does not match")
 
 
+def check_finds_texts(field: bytes, value: bytes) -> None:
+    if value != checksum_of("texts", written_name("collection", field, stored=True)).encode():
+        raise errors.DamagedRecord("its checksum does not match")
+
+
 def written_name(kind: str, field: bytes, *, stored: bool = False) -> str:
     if (name := name_of(field, stored=stored)) is None:
         raise errors.DamagedRecord(f"no {kind} of this store")

@@ -4,6 +4,7 @@
     preread:aliases        hash    alias -> COLLECTION:CHECKSUM
     preread:generations    hash    storage name -> NUMBER:CHECKSUM, a random one after every write; survives a drop
     preread:p:STORAGE_NAME:PASSAGE_ID    string    one packed record (record.py), with the store's TTL if it has one
+    preread:texts, preread:t:STORAGE_NAME:DIGEST    passages by their text (texts.py)
     preread:w:COLLECTION   writers that hold it (leases.py)
 
 `preread` is the prefix (`?prefix=` in the URL), a checksum xxh3_64 of FIELD:VALUE in hex. Earlier versions wrote none;
@@ -22,7 +23,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -34,6 +35,7 @@ from cache.redis.leases import Leases
 from cache.redis.link import IsValid, Link
 from cache.redis.replies import (
     alias_of,
+    check_finds_texts,
     check_generation,
     checksum_of,
     is_count,
@@ -48,8 +50,10 @@ from cache.redis.replies import (
     scan_place,
     written_name,
 )
-from cache.store import Audit, Store, StoreStats, aliases_of_renamed
+from cache.redis.texts import TextSets
+from cache.store import Audit, OnProgress, Store, StoreStats, aliases_of_renamed
 
+_T = TypeVar("_T")
 _Read = Record | Damaged | None
 
 log = logging.getLogger(__name__)
@@ -75,16 +79,20 @@ class RedisStore(Store):
         links = (Link(address, budget_seconds=seconds, tls_ca_file=tls_ca_file) for seconds in budgets)
         self._online, self._bulk, self._counting = links
         self._ttl_seconds = ttl_seconds
+        self._text_sets = TextSets(ttl_seconds)
         self._leases = Leases(self._counting, address.prefix)
         self._renamed: dict[str, str] = {}  # where the name differs: storage name -> name when it was last looked up
         self._told: set[tuple[bytes, bytes]] = set()  # damaged aliases that the log has
-        keys = (f"{address.prefix}:{name}" for name in ("manifests", "aliases", "generations"))
-        self._manifests, self._aliases, self._generations = keys
+        keys = (f"{address.prefix}:{name}" for name in ("manifests", "aliases", "generations", "texts"))
+        self._manifests, self._aliases, self._generations, self._texts = keys
 
     def put_many(self, storage_name: str, records: Mapping[str, Record]) -> None:
         start = self._key_start(storage_name)
         encoded_ids = list(map(passage_id_bytes, records))
         self._require_stored(storage_name)
+        digests = {passage_id: record.header.text_digest for passage_id, record in records.items()}
+        before = self._digests(storage_name, list(records))
+        self._text_sets.add(self._bulk, self._text_start(storage_name), digests.items())
         expiry = () if self._ttl_seconds is None else ("EX", self._ttl_seconds)
         commands: list[tuple[Any, ...]] = []
         num_bytes = 0
@@ -96,6 +104,8 @@ class RedisStore(Store):
                 commands, num_bytes = [], 0
         self._bulk.run(commands, is_true, len(commands))
         if encoded_ids:
+            replaced = ((one, digest) for one, digest in before.items() if digest != digests[one])
+            self._text_sets.remove(self._bulk, self._text_start(storage_name), replaced)
             # After the values: a read cache that saw the old number looks again once they are there. A writer that dies
             # in between has not acknowledged, and repeats the write.
             self._bump(storage_name)
@@ -123,7 +133,9 @@ class RedisStore(Store):
         ]
 
     def delete_many(self, storage_name: str, passage_ids: Sequence[str]) -> int:
+        before = self._digests(storage_name, list(dict.fromkeys(passage_ids)))
         num_deleted = self._unlink([self._key(storage_name, passage_id) for passage_id in dict.fromkeys(passage_ids)])
+        self._text_sets.remove(self._bulk, self._text_start(storage_name), before.items())
         if passage_ids:
             self._bump(storage_name)  # also where none was there: a repeated UNLINK finds what the first one removed
         return num_deleted
@@ -138,8 +150,7 @@ class RedisStore(Store):
         return list(map(Header.checked, passage_ids, there))
 
     def scan(self, storage_name: str) -> Iterator[tuple[str, Record | Damaged]]:
-        passage_ids = (one for _, one in self._scan_keys(self._bulk, storage_name) if one is not None)
-        while batch := list(islice(passage_ids, _READ_CHUNK)):
+        for batch in _batches(self._scan_ids(self._bulk, storage_name), _READ_CHUNK):
             for passage_id, record in zip(batch, self.get_many(storage_name, batch, self._bulk), strict=True):
                 if record is not None:
                     yield passage_id, record
@@ -168,11 +179,30 @@ class RedisStore(Store):
             index += not cursor
         return list(ids), f"{servers} {index} {cursor} {process}".encode() if index < len(nodes) else b""
 
+    def ids_of_texts(self, storage_name: str, digests: Sequence[bytes]) -> list[list[str]]:
+        return self._text_sets.ids(self._online, self._text_start(storage_name), digests)
+
+    def finds_texts(self, storage_name: str) -> bool:
+        value = self._ask(self._online, is_value, "HGET", self._texts, storage_name)
+        return value is not None and value == checksum_of("texts", storage_name).encode()
+
+    def index_texts(self, storage_name: str, on_progress: OnProgress | None = None) -> None:
+        self._require_stored(storage_name)
+        num_done, num_all = 0, self.stats(storage_name).num_passages if on_progress else 0
+        for entries in self._entries(storage_name):
+            self._text_sets.add(self._bulk, self._text_start(storage_name), entries)
+            num_done += len(entries)
+            if on_progress is not None:
+                on_progress(num_done, max(num_done, num_all))
+        self._set_finds_texts(storage_name)
+
+    def one_read(self) -> AbstractContextManager[object]:
+        return self._online.one_budget()
+
     def stats(self, storage_name: str) -> StoreStats:
         """Counted by a scan over headers: about a second per million passages on a local server."""
-        passage_ids = (one for _, one in self._scan_keys(self._counting, storage_name) if one is not None)
-        batches = iter(lambda: list(islice(passage_ids, _HEADER_CHUNK)), [])
         link = self._counting
+        batches = _batches(self._scan_ids(link, storage_name), _HEADER_CHUNK)
         return StoreStats.of(one for batch in batches for one in self.headers_many(storage_name, batch, link=link))
 
     def audit(self, collection: str) -> Audit:
@@ -181,12 +211,18 @@ class RedisStore(Store):
         storage_name = self._storage_names().get(collection, collection)
         if num_stray := len(self._stray_keys(storage_name)):
             problems.append(f"{num_stray} keys under {self._key_start(storage_name).decode()} that no passage can have")
+        if self.finds_texts(storage_name):
+            start = self._text_start(storage_name)
+            missing = (self._text_sets.num_missing(self._bulk, start, one) for one in self._entries(storage_name))
+            if num_missing := sum(missing):
+                mend = f"`preread collection reindex {collection}` mends it"
+                problems.append(f"{num_missing} passages cannot be found by their text; {mend}")
         return Audit(tuple(problems))
 
     def mend(self) -> list[str]:
         left_behind = []
         for key, field, problem in list(self._flaws()):
-            name = name_of(field, stored=key == self._generations)
+            name = name_of(field, stored=key in (self._generations, self._texts))
             if key == self._manifests and name is not None:
                 left_behind.append(f"{problem}; drop {name!r} and index it again")
                 continue
@@ -221,6 +257,7 @@ class RedisStore(Store):
         manifest = manifest.stored({stored for one, stored in self._storage_names().items() if one != name})
         if name in self.aliases(self._bulk) or not self._add_manifest(manifest):
             raise errors.CollectionExists(f"collection: {name!r} already exists in this store")
+        self._set_finds_texts(manifest.storage_name)  # it is empty
         self._bump(manifest.storage_name, is_plain=manifest.version == 1)
         return manifest
 
@@ -238,9 +275,10 @@ class RedisStore(Store):
         self._ask(self._bulk, is_count, "HDEL", self._manifests, collection)
         if storage_name in names.values():  # of a rename that was cut off: the other name has them
             return
+        self._ask(self._bulk, is_count, "HDEL", self._texts, storage_name)
         self._bump(storage_name)
-        keys = (key for key, _ in self._scan_keys(self._bulk, storage_name))
-        while batch := list(islice(keys, _HEADER_CHUNK)):
+        starts = self._key_start(storage_name), self._text_start(storage_name)
+        for batch in _batches((key for start in starts for key in self._scan_keys(self._bulk, start)), _HEADER_CHUNK):
             self._unlink(batch)
 
     def rename_collection(self, collection: str, name: str, alias: str | None = None) -> list[str]:
@@ -324,6 +362,7 @@ class RedisStore(Store):
             self._manifests: lambda field, value: Manifest.from_json(value, written_name("collection", field)),
             self._aliases: alias_of,
             self._generations: check_generation,
+            self._texts: check_finds_texts,
         }
         for key, parse in parsers.items():
             for field, value in sorted(self._ask(self._bulk, is_pairs, "HGETALL", key).items()):
@@ -333,11 +372,25 @@ class RedisStore(Store):
                     yield key, field, f"{key} {field.decode(errors='backslashreplace')!r}: {exc}"
 
     def _stray_keys(self, storage_name: str) -> list[bytes]:
-        return [key for key, passage_id in self._scan_keys(self._bulk, storage_name) if passage_id is None]
-
-    def _scan_keys(self, link: Link, storage_name: str) -> Iterator[tuple[bytes, str | None]]:
-        """Every key of a collection once, where SCAN may repeat some, and its id, None where no passage can have it."""
         start = self._key_start(storage_name)
+        return [key for key in self._scan_keys(self._bulk, start) if passage_id_of(key, start) is None]
+
+    def _scan_ids(self, link: Link, storage_name: str) -> Iterator[str]:
+        start = self._key_start(storage_name)
+        return (one for key in self._scan_keys(link, start) if (one := passage_id_of(key, start)) is not None)
+
+    def _entries(self, storage_name: str) -> Iterator[list[tuple[str, bytes]]]:
+        """All passages with the digests of their texts, many at a time; damaged ones have none."""
+        ids = self._scan_ids(self._bulk, storage_name)
+        return (list(self._digests(storage_name, batch).items()) for batch in _batches(ids, _HEADER_CHUNK))
+
+    def _digests(self, storage_name: str, passage_ids: Sequence[str]) -> dict[str, bytes]:
+        headers = self.headers_many(storage_name, passage_ids, bulk=True)
+        there = zip(passage_ids, headers, strict=True)
+        return {passage_id: header.text_digest for passage_id, header in there if header is not None}
+
+    def _scan_keys(self, link: Link, start: bytes) -> Iterator[bytes]:
+        """Every key that starts so once, where SCAN may repeat some."""
         seen: set[int] = set()
         is_own = partial(is_page, start=start)
         for node in link.primaries():
@@ -349,7 +402,7 @@ class RedisStore(Store):
                     digest = xxhash.xxh3_64_intdigest(key)
                     if digest not in seen:
                         seen.add(digest)
-                        yield key, passage_id_of(key, start)
+                        yield key
                 if not cursor:
                     break
                 if cursor in cursors:  # no server repeats one, so this scan would not end
@@ -362,6 +415,12 @@ class RedisStore(Store):
     def _key_start(self, storage_name: str) -> bytes:
         # A checked name holds no ':' and no glob character, so no collection's keys match another's pattern.
         return f"{self._address.prefix}:p:{check_storage_name(storage_name)}:".encode()
+
+    def _text_start(self, storage_name: str) -> bytes:
+        return f"{self._address.prefix}:t:{check_storage_name(storage_name)}:".encode()
+
+    def _set_finds_texts(self, storage_name: str) -> None:
+        self._ask(self._bulk, is_count, "HSET", self._texts, storage_name, checksum_of("texts", storage_name))
 
     def _require(self, collection: str) -> None:
         if not self._ask(self._bulk, is_count, "HEXISTS", self._manifests, collection):
@@ -385,3 +444,7 @@ class RedisStore(Store):
         number = str(secrets.randbits(62))  # a count would repeat after a restart without data, or on a stale replica
         value = number if is_plain else f"{number}:{checksum_of(storage_name, number)}"
         self._ask(self._bulk, is_count, "HSET", self._generations, storage_name, value)
+
+
+def _batches(values: Iterator[_T], size: int) -> Iterator[list[_T]]:
+    return iter(lambda: list(islice(values, size)), [])

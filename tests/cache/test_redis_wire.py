@@ -144,7 +144,7 @@ def test_no_damaged_or_exchanged_value_is_silent():
     *rows, total = redis_damage.run(100, 4)
     assert total["flips"] == 100
     assert (total["silent"], total["crashed"], total["unused"]) == (0, 0, 0), rows
-    assert len(rows) == 10
+    assert len(rows) == 16
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
