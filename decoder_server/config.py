@@ -16,6 +16,19 @@ if TYPE_CHECKING:
 # Sent by clients that were not given a model: the 4D AI Kit's example, infinity_client's default.
 DEFAULT_NAMES = frozenset({"default", "default/not-specified"})
 ANY_MODEL = "*"
+NO_LOOKUP = "none"
+
+
+def parse_lookup(text: str) -> tuple[str, ...] | None:
+    """`docs,faq`: these, in this order; `none`: no collection; `all`, or nothing: None. Raises ValueError."""
+    names = tuple(name.strip() for name in text.split(","))
+    if names in (("",), ("all",)):
+        return None
+    if names == (NO_LOOKUP,):
+        return ()
+    if "" in names or len({*names}) < len(names) or {"all", NO_LOOKUP}.intersection(names):
+        raise ValueError(f"lookup is {text!r:.200}; expected names of collections, each once, or all, or {NO_LOOKUP}")
+    return names
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,12 @@ class DecoderConfig(ServerConfig):
         "A cascade for requests that name no ratio: 32:100,8:20,4 scores every candidate at ratio 32, the best 100 at "
         "8, the best 20 of those at 4; where a collection cannot give a ratio, its next multiple.",
         metavar="RATIO:KEEP,...", parse=parse_stages,
+    )  # fmt: skip
+    lookup: tuple[str, ...] | None = knob(
+        None,
+        "Collections, or aliases, in which texts without a stored id are looked up, in this order: those that are "
+        "stored are not encoded again. all: the first 8 by name that this model's encoder wrote; none: no lookup.",
+        metavar="NAME,...", parse=parse_lookup, shown_default="all",
     )  # fmt: skip
     degrade: bool = knob(
         False,

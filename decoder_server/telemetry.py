@@ -61,6 +61,8 @@ class Metrics(Collector):
         self._requests = counter("requests", "Rerank and explain requests of every edge, by result.", ("model", "code"))
         self._request_seconds = histogram("request_seconds", "From arrival to response.", by_model)
         self._candidates = counter("candidates", "Candidates of answered requests.", ("model", "status"))
+        text = "Texts of answered requests that were looked up in collections: found, or not."
+        self._lookups = counter("lookups", text, ("model", "result"))
         text = "Requests scored at a coarser ratio than requested, by cause."
         self._degraded = counter("degraded_requests", text, ("model", "reason"))
         text = "Cascades cut short by their deadline before the last stage."
@@ -95,6 +97,9 @@ class Metrics(Collector):
         self._request_seconds.labels(trace.model).observe(trace.end - trace.start)
         for status, count in collections.Counter(result.status for result in trace.results).items():
             self._candidates.labels(trace.model, status).inc(count)
+        if trace.num_looked_up:
+            self._lookups.labels(trace.model, "hit").inc(trace.num_found)
+            self._lookups.labels(trace.model, "miss").inc(trace.num_looked_up - trace.num_found)
         if trace.degraded:
             self._degraded.labels(trace.model, trace.degraded.reason).inc()
         if trace.stopped_early:
@@ -209,6 +214,8 @@ class RequestLog:
         if timings is not None:
             names = ("fetch_seconds", "encode_seconds", "queue_seconds", "compute_seconds")
             values |= {name: round(getattr(timings, name), 6) for name in names}
+        if trace.num_looked_up:
+            values |= {"num_looked_up": trace.num_looked_up, "num_found": trace.num_found}
         values |= {"degraded": trace.degraded.reason} if trace.degraded else {}
         values |= {"stopped_early": True} if trace.stopped_early else {}
         counts = collections.Counter(result.status for result in trace.results)

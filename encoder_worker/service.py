@@ -29,6 +29,7 @@ from encoder_worker.writing import Target, Upsert, held
 from preread import errors
 from preread.v1 import common_pb2, encoder_pb2_grpc
 from preread.v1 import encoder_pb2 as pb
+from preread_edge.access import permits, require
 from preread_edge.steps import Pauses, Step, stepped
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
                 return
             if not first.collection:
                 raise errors.InvalidRequest("collection", "", "the name of a collection in the first message")
+            require(first.collection)
             if first.compression_ratio < 0:
                 raise errors.InvalidRequest("compression_ratio", first.compression_ratio, "0 (the default) or more")
             lease = ExitStack()
@@ -139,7 +141,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     async def GetStats(self, request: pb.GetStatsRequest, context: Context) -> pb.GetStatsResponse:  # noqa: N802
         async with self._call(request.collection) as worker:
             collections = await worker.call(_collections, worker.store, request.collection, store=True)
-            return pb.GetStatsResponse(collections=collections)
+            return pb.GetStatsResponse(collections=[one for one in collections if permits(one.name, *one.aliases)])
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:  # noqa: N802
         async with self._call() as worker:
@@ -159,6 +161,8 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         """Errors of the store become those of a call; preread_edge.grpc_server ends it with any PrereadError."""
         if self.worker is None:
             raise errors.Unavailable("this worker is loading its model, or stopping", retry_after_seconds=RETRY_SECONDS)
+        if collection:
+            require(collection)
         try:
             yield self.worker
         except store_errors.CacheError as exc:

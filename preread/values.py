@@ -159,6 +159,8 @@ class Result:
     compression_ratio: int = 0  # 0: the passage was read as text
     truncated: bool = False  # the passage was cut when it was encoded
     stages: tuple[StageScore, ...] = ()  # of a cascade: each that scored it, the last as above
+    found_in: str = ""  # of a hit by its text: the collection that has it, and there as which passage
+    found_id: str = ""
     num_passage_tokens: int = 0  # of a scored passage, in whole states; on servers only
     empty: bool = False  # not scored, because its text has no tokens; on servers only
 
@@ -191,6 +193,8 @@ class Summary:
     stages: tuple[Stage, ...] = ()  # those used, where it was a cascade
     stopped_early: bool = False  # the deadline neared: these are the scores the cascade had by then
     degraded: Degraded | None = None
+    num_looked_up: int = 0  # texts that were looked up in the server's collections
+    num_found: int = 0  # of those
     num_passage_tokens: int = 0  # of the scored candidates, at ratio 1 exact; on servers only
     truncated: tuple[int, ...] = ()  # indexes of all scored candidates that were cut; on servers only
 

@@ -184,6 +184,8 @@ def unpack_results(messages: Iterable[rerank_pb2.Result]) -> tuple[Result, ...]:
             compression_ratio=m.compression_ratio,
             truncated=m.truncated,
             stages=tuple(unpack(StageScore, stage) for stage in m.stages),
+            found_in=m.found_in,
+            found_id=m.found_id,
         )
         for m in messages
     )

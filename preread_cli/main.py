@@ -29,7 +29,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Looking after it": {
         "stats": ("collection", "Show what the store holds."),
         "verify": ("collection", "Read a whole collection back and report damage."),
-        "collection": ("collection", "Point an alias at a collection, compact, re-encode or drop it."),
+        "collection": ("collection", "Manage collections: aliases, names, single passages, upkeep, removal."),
         "checkpoint": ("checkpoint", "Describe a checkpoint, or make a random one."),
         "check": ("evaluate", "Check whether a model's scores are the right ones."),
         "convert-ctxl": ("checkpoint", "Convert a ctxl reranker to a classifier."),

@@ -8,6 +8,7 @@ import hmac
 import logging
 import re
 from collections.abc import Collection, Iterable, MutableMapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
@@ -22,6 +23,7 @@ from preread.errors import PermissionDenied, Unauthenticated
 log = logging.getLogger(__name__)
 
 MIN_KEY_LENGTH = 16  # shorter ones can be guessed
+MAX_NAME_CHARS = 128  # of a collection, in an error
 
 
 class Scope(Enum):
@@ -51,11 +53,42 @@ _NEEDED: dict[str, tuple[Scope, ...]] = {
 }
 
 
+# Collections and aliases that the key of this call may use; None: every one. Not in threads that do not copy contexts.
+_permitted: ContextVar[frozenset[str] | None] = ContextVar("preread_permitted", default=None)
+
+
+def permits(*names: str) -> bool:
+    """Whether the caller's key may use a collection that has any of these names and aliases."""
+    permitted = _permitted.get()
+    return permitted is None or not permitted.isdisjoint(names)
+
+
+def require(*names: str) -> None:
+    """Raises PermissionDenied where `permits` is false, whether there is such a collection or not."""
+    if not permits(*names):
+        message = f"this key may not use collection {names[0][:MAX_NAME_CHARS]!r}; it is bound to others"
+        raise PermissionDenied(message, reason="COLLECTION_REQUIRED")
+
+
+def require_every(target: str) -> None:
+    """Raises PermissionDenied for a key that is bound to some collections, where `target` shows all of them."""
+    if _permitted.get() is not None:
+        message = f"this key is bound to some collections, and {target} shows every one"
+        raise PermissionDenied(message, reason="COLLECTION_REQUIRED")
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    digest: bytes  # SHA-256, all that is kept of a key
+    scopes: frozenset[Scope]
+    collections: frozenset[str] | None  # or aliases; None: every one
+
+
 @dataclass(frozen=True, slots=True)
 class ApiKeys:
     """The keys of a server. None at all: every caller may do everything."""
 
-    keys: tuple[tuple[bytes, frozenset[Scope]], ...] = ()  # SHA-256 digest, all that is kept of a key, and its scopes
+    keys: tuple[_Key, ...] = ()
 
     @classmethod
     def parse(cls, values: Iterable[str]) -> "ApiKeys":
@@ -64,14 +97,17 @@ class ApiKeys:
 
     @staticmethod
     def split(value: str) -> tuple[str, str]:
-        """Scopes, with commas, and key of `SCOPES:KEY`, or of KEY alone, which may do everything and have colons."""
+        """SCOPES[@COLLECTIONS], with commas, and key of `SCOPES:KEY`; or of KEY alone, which may do everything."""
         scopes, colon, key = value.partition(":")
-        is_scoped = colon and {scope.value for scope in Scope}.issuperset(scopes.split(","))
+        is_scoped = colon and {scope.value for scope in Scope}.issuperset(scopes.partition("@")[0].split(","))
         return (scopes, key) if is_scoped else (Scope.ADMIN.value, value)
 
     @classmethod
     def read(cls, path: Path) -> "ApiKeys":
-        """Keys of a file of lines `SCOPES KEY`; # starts a comment. Raises OSError, and ValueError with the line."""
+        """Keys of a file of lines `SCOPES[@COLLECTIONS] KEY`; # starts a comment.
+
+        Raises OSError, and ValueError with the line.
+        """
         keys = []
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             words = line.partition("#")[0].split()
@@ -87,7 +123,10 @@ class ApiKeys:
         return cls(tuple(keys))
 
     def check(self, authorization: str, scopes: Collection[Scope], target: str, *alone: str) -> None:
-        """Raises Unauthenticated without a known key, PermissionDenied where it has none of the scopes needed."""
+        """Raises Unauthenticated without a known key, PermissionDenied where it has none of the scopes needed.
+
+        From here on `permits` answers for that key, in this task and those started from it.
+        """
         if not self.keys or not scopes:
             return
         # the key is the one in the header, after Bearer or as its only word, or comes `alone`
@@ -96,17 +135,18 @@ class ApiKeys:
             del words[0]
         presented = words[0] if len(words) == 1 else next(filter(None, alone), "")
         digest, held = sha256(presented.encode()).digest(), None
-        for known, its_scopes in self.keys:  # all of them, also after a match: the time tells nothing
-            if hmac.compare_digest(digest, known):
-                held = its_scopes
+        for key in self.keys:  # all of them, also after a match: the time tells nothing
+            if hmac.compare_digest(digest, key.digest):
+                held = key
         if held is None:
             log.warning("a call of %s without a known key", target)
             message = "the API key is missing or not one of this server; expected Authorization: Bearer KEY"
             raise Unauthenticated(message, reason="API_KEY_REQUIRED")
-        if Scope.ADMIN not in held and held.isdisjoint(scopes):
+        if Scope.ADMIN not in held.scopes and held.scopes.isdisjoint(scopes):
             needed = " or ".join(scope.value for scope in scopes)
             log.warning("key %s may not call %s", digest.hex()[:8], target)
             raise PermissionDenied(f"this key lacks the scope {needed}, which {target} needs", reason="SCOPE_REQUIRED")
+        _permitted.set(held.collections)
 
     def refuse_control_tokens(self, host: str) -> None:
         """Raises ValueError where strangers could write prompts: control tokens in texts count, and `host` is open."""
@@ -119,13 +159,20 @@ class ApiKeys:
         return ApiKeys(self.keys + other.keys)
 
 
-def _make_key(scopes: str, key: str) -> tuple[bytes, frozenset[Scope]]:
-    """Raises ValueError for unknown scopes, and a key too short or not fit for a header, which is not shown."""
+def _make_key(scopes: str, key: str) -> _Key:
+    """Raises ValueError for unknown scopes, a collection without a name, and a key too short or not fit for a header.
+
+    The key is not shown.
+    """
     if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
         expected = f"{MIN_KEY_LENGTH} or more, ASCII, no spaces"
         raise ValueError(f"an API key is {len(key)} characters long; expected {expected}")
+    scopes, bound, names = scopes.partition("@")
+    collections = frozenset(names.split(",")) if bound else None
+    if collections is not None and "" in collections:
+        raise ValueError(f"collections are {names!r:.100}; expected their names or aliases, with commas between them")
     try:
-        return sha256(key.encode()).digest(), frozenset(map(Scope, scopes.split(",")))
+        return _Key(sha256(key.encode()).digest(), frozenset(map(Scope, scopes.split(","))), collections)
     except ValueError:
         known = ", ".join(scope.value for scope in Scope)
         raise ValueError(f"scopes are {scopes!r:.100}; expected some of {known}, with commas between them") from None
@@ -149,6 +196,7 @@ ALLOWED_HEADERS = (
 EXPOSED_HEADERS = (
     "x-request-id", "retry-after", "retry-after-ms", "www-authenticate", "x-preread-read", "x-preread-degraded",
     "x-preread-asked", "x-preread-stopped-early", "x-preread-query-truncated", "x-preread-truncated", "x-preread-empty",
+    "x-preread-lookup",
 )  # fmt: skip
 
 

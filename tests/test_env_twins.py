@@ -64,6 +64,7 @@ SHARED = {
         "CODEC", "COLLECTION", "COMPRESSION_RATIO", "IDS", "INSTRUCTION", "MAX_BATCH_TOKENS", "MAX_LINE_BYTES",
         "MAX_QUEUE_TOKENS", "QUERIES", "RUN", "SEED", "SPLIT", "STAGES", "TIMEOUT_SECONDS",
     },
+    "the name that readers use, pointed at a collection": {"ALIAS"},
     "a server may have several models, with spaces between them; the others read one": {"MODEL"},
     "a server's keys; a client shows the first of them": {"API_KEY"},
     "a server's certificate; a client shows it for mutual TLS, and needs TLS_CA_FILE to trust the server's": {

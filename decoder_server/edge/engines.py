@@ -14,6 +14,7 @@ from decoder_server.engine.collections import describe
 from decoder_server.engine.engine import Engine
 from preread.errors import DeadlineExceeded, InvalidRequest, Path, PrereadError, Unavailable, field_name
 from preread.values import CollectionInfo, EncoderIdentity, ModelInfo, Result, Summary
+from preread_edge.access import permits
 
 # An empty text is read by no model and has these in every request. The margin is below every margin of a real model:
 # its sigmoid is 0 in float32, and exp(500), which a client may compute of it, is still a finite float64.
@@ -89,9 +90,14 @@ def tei_info(engine: Engine) -> dict[str, Any]:
 
 
 def collection_infos(store: Store) -> list[CollectionInfo]:
-    """Every collection of a store that can be read. Blocks while the store counts, and raises its errors."""
+    """Every collection of a store that can be read, and that the caller's key may use.
+
+    Blocks while the store counts, so on a thread that copies the call's context; raises the store's errors.
+    """
     infos = []
     for stored in describe(store):
+        if not permits(stored.manifest.collection, *stored.aliases):
+            continue
         manifest, counts = stored.manifest, dataclasses.asdict(stored.stats)  # under the same names
         encoder = EncoderIdentity(**{one: getattr(manifest, one) for one in EncoderIdentity.__dataclass_fields__})
         own = {name: getattr(manifest, name) for name in ("compression_ratio", "codec", "stores_text")}

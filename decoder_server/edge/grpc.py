@@ -23,6 +23,7 @@ from preread.errors import InvalidRequest, Unavailable
 from preread.tei.v1 import tei_pb2, tei_pb2_grpc
 from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
 from preread.values import Candidate, OnMiss, RerankRequest, Result, Stage, Status, Summary
+from preread_edge.access import require
 from preread_edge.grpc_server import joined
 from preread_edge.steps import SMALL_BYTES, Pauses
 
@@ -85,6 +86,7 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
         return rerank_pb2.ListCollectionsResponse(collections=collections)
 
     async def ListPassages(self, request: rerank_pb2.ListPassagesRequest, context: Context) -> Any:  # noqa: N802
+        require(request.collection)
         where = self._store, request.collection, request.page_size, request.page_token
         ids, next_page_token = await asyncio.to_thread(list_ids, *where)
         return rerank_pb2.ListPassagesResponse(passage_ids=ids, next_page_token=next_page_token)

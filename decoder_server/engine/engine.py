@@ -18,6 +18,7 @@ from decoder_server.engine.admission import Admission
 from decoder_server.engine.collections import Catalogue
 from decoder_server.engine.fetch import Fetcher, FetchRequest
 from decoder_server.engine.lifecycle import Observer, RequestTrace
+from decoder_server.engine.lookup import Lookup
 from decoder_server.engine.on_demand import OnDemandStates
 from decoder_server.engine.plan import Plan, check, plan
 from decoder_server.engine.request_run import RequestRun
@@ -26,6 +27,7 @@ from decoder_server.models.backend import Backend, Prompt, StatesBackend
 from decoder_server.models.loading import BATCH_TOKENS
 from preread.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, NotFound, Unavailable
 from preread.values import Candidate, RerankRequest, Result, Summary, TierUse, Warmed
+from preread_edge.access import permits, require
 
 T = TypeVar("T")
 
@@ -56,6 +58,8 @@ class Engine:
         self._idle = asyncio.Event()
         self._idle.set()
         self.catalogue = Catalogue(store, backend.identity(), limits.max_staleness_seconds)
+        names = limits.lookup if not self.reads_text else ()
+        self.lookup = Lookup(self.catalogue, names, limits.max_staleness_seconds)
         min_tokens, max_tokens = BATCH_TOKENS[backend.device_name.split(":")[0]]
         if limits.max_batch_tokens is not None:
             min_tokens = max_tokens = limits.max_batch_tokens
@@ -170,9 +174,10 @@ class Engine:
         return self._idle.is_set()
 
     async def open_collection(self, name: str | None) -> Collection | None:
-        """The collection that a name or alias means now; raises as Catalogue.open does."""
+        """The collection that a name or alias means now; raises as Catalogue.open does, and PermissionDenied."""
         if name is None:
             return None
+        require(name)
         return self.catalogue.fresh(name) or await self.call(self.catalogue.open, name)
 
     async def prompt(self, query: str, instruction: str | None) -> Prompt:
@@ -184,9 +189,10 @@ class Engine:
             raise InvalidRequest("instruction", f"{num_tokens} tokens long", expected)
         return prompt
 
-    def _plan_of(self, request: RerankRequest, collection: Collection | None) -> Plan:
-        stored = collection.manifest.compression_ratio if collection is not None else None
-        return plan(request, self.limits, stored, self.backend.settings.default_compression_ratio)
+    def _plan_of(self, request: RerankRequest, named: Collection | None, lookup: Sequence[Collection] = ()) -> Plan:
+        """Texts alone are scored at the ratio of the first collection they may be found in, so their scores compare."""
+        default = lookup[0].manifest.compression_ratio if lookup else self.backend.settings.default_compression_ratio
+        return plan(request, self.limits, named.manifest.compression_ratio if named is not None else None, default)
 
     async def call(self, function: Callable[..., T], *args: object) -> T:
         """Runs what blocks, off the event loop and off the model's thread."""
@@ -201,14 +207,27 @@ class Engine:
         for i, candidate in enumerate(request.candidates):
             groups.setdefault(i if self.backend.listwise else candidate, []).append(i)
         equal = {same[0]: same for same in groups.values()}
-        chosen, limits = self._plan_of(request, collection), self.limits
+        lookup = await self._lookup_of(request, collection)
+        chosen, limits = self._plan_of(request, collection, lookup), self.limits
         if limits.degrade and not self.reads_text:
             share = limits.degrade_queue_share
             chosen, trace.degraded = self.admission.degrade(chosen, len(equal), prompt.num_tokens, deadline, share)
         where = collection, chosen.base_ratio, request.on_miss
-        wanted = FetchRequest(request.candidates, list(equal), *where, prompt, trace)
+        able = [one for one in lookup if chosen.base_ratio % one.manifest.compression_ratio == 0]
+        wanted = FetchRequest(request.candidates, list(equal), *where, prompt, trace, able)
         scored_by = self.backend, self.scheduler, self.admission, self.fetcher
         return RequestRun(*scored_by, limits.max_request_tokens, wanted, chosen, equal)
+
+    async def _lookup_of(self, request: RerankRequest, named: Collection | None) -> list[Collection]:
+        """Where texts of the request may be stored: in the collection that it names, then in those of the lookup."""
+        is_off = self.reads_text or self.limits.lookup == ()
+        if is_off or all(candidate.text is None for candidate in request.candidates):
+            return []
+        looked_up = self.lookup.fresh()
+        looked_up = await self.call(self.lookup.open) if looked_up is None else looked_up
+        permitted = (one.collection for one in looked_up if permits(*one.names))
+        own = [named] if named is not None else []
+        return list({one.name: one for one in (*own, *permitted)}.values())
 
     async def _with_texts(self, wanted: FetchRequest, results: list[Result]) -> list[Result]:
         if not wanted.trace.request.return_text:
@@ -227,7 +246,8 @@ class Engine:
         ended = trace.stopped_early, trace.degraded
         num_tokens = sum(one.num_passage_tokens for one in scored)
         truncated = tuple(sorted(one.index for one in scored if one.truncated))
-        return Summary(*counts, *run.plan.summary, *ended, num_passage_tokens=num_tokens, truncated=truncated)
+        looked_up = trace.num_looked_up, trace.num_found
+        return Summary(*counts, *run.plan.summary, *ended, *looked_up, num_tokens, truncated)
 
 
 @asynccontextmanager

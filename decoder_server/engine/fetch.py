@@ -25,6 +25,7 @@ from decoder_server.engine.on_demand import OnDemandStates
 from decoder_server.models.backend import Backend, Pair, Passage, Prompt
 from preread.values import Candidate, OnMiss, Result, Status
 
+K = TypeVar("K")
 T = TypeVar("T")
 _Stored = AnyStates | str | Damaged | CacheError | None
 
@@ -52,6 +53,7 @@ class FetchedPassage:
     empty: bool = False  # nothing is there, because the text has no tokens
     text: str = ""  # to be encoded, if the states are to be had at all
     digest: bytes | None = None  # of that text; None: there is none
+    found: tuple[str, str] | None = None  # collection and id, where states were found by the text
 
     @property
     def states(self) -> AnyStates | None:
@@ -69,6 +71,7 @@ class FetchedPassage:
         """The result by its best window; with one window's margin unknown the best is unknown too."""
         num_states = sum(pair.num_states for pair in self.pairs)
         num_tokens = self.num_tokens(num_prompt_tokens)
+        found_in, found_id = self.found or ("", "")
         result = Result(
             self.index,
             self.passage_id or "",
@@ -76,6 +79,8 @@ class FetchedPassage:
             num_states=num_states,
             compression_ratio=ratio,
             truncated=any(pair.truncated for pair in self.pairs),
+            found_in=found_in,
+            found_id=found_id,
             # A ratio may be far above the passage's length: its one state stands for no more tokens than there are.
             num_passage_tokens=num_states * min(ratio, num_tokens) if ratio else num_tokens,
         )
@@ -100,13 +105,14 @@ class FetchRequest:
     on_miss: OnMiss | None  # None: encode, where an encoder is configured
     prompt: Prompt
     trace: RequestTrace
+    lookup: Sequence[Collection] = ()  # where texts that are not stored under their id are looked up, in order
     unavailable: list[StoreUnavailable] = field(default_factory=list)  # after one, the store is not waited for again
 
-    def read(self, read: Callable[[Sequence[str]], Sequence[T]], ids: Iterable[str]) -> dict[str, T]:
-        """Reads passages by id, each once; CacheError at once where the store has kept this request waiting before."""
+    def read(self, read: Callable[[Sequence[K]], Sequence[T]], keys: Iterable[K]) -> dict[K, T]:
+        """Reads passages by id or digest, each once; CacheError at once where the store kept this request waiting."""
         if self.unavailable:
             raise self.unavailable[0]
-        distinct = list(dict.fromkeys(ids))
+        distinct = list(dict.fromkeys(keys))
         try:
             return dict(zip(distinct, read(distinct), strict=True))
         except StoreUnavailable as exc:
@@ -183,6 +189,10 @@ class Fetcher:
         start = time.monotonic()
         read = await self._call(self._read, request, ratio, chunk)
         request.trace.fetches.append((start, time.monotonic(), len(chunk)))
+        if request.lookup:
+            num_found = sum(one.found is not None for one in read)
+            request.trace.num_found += num_found
+            request.trace.num_looked_up += num_found + sum(one.digest is not None for one in read)
         fetched, misses, kept = [], [], []
         for one in read:
             if one.digest is None or request.on_miss in ("skip", "fail"):  # of the store alone
@@ -238,7 +248,28 @@ class Fetcher:
         fetched = [one for one in sent.values() if isinstance(one, FetchedPassage)]
         for i, text in texts.items():
             fetched.append(self._settled(request, i, text, stored.get(candidates[i].passage_id or "")))
-        return self._with_pairs(request, ratio, fetched)
+        return self._with_pairs(request, ratio, self._looked_up(request, fetched))
+
+    def _looked_up(self, request: FetchRequest, fetched: Fetched) -> Fetched:
+        """With stored states in place of texts that have no states yet, where a collection has that very text."""
+        found: dict[bytes, tuple[str, str, EncodedPassage]] = {}
+        missed = dict.fromkeys(one.digest for one in fetched if one.digest is not None)
+        for collection in request.lookup if missed else ():
+            with suppress(CacheError):  # a store that fails costs the states, not the texts
+                read = request.read(collection.find_texts, (digest for digest in missed if digest not in found))
+                found |= {digest: (collection.name, *one) for digest, one in read.items() if one is not None}
+        if not found:
+            return fetched
+        pooled = all_at_ratio([states for *_, states in found.values()], request.base_ratio)
+        passages = dict(zip(found, pooled, strict=True))
+
+        def settled(one: FetchedPassage) -> FetchedPassage:
+            if one.digest is None or one.digest not in found:
+                return one
+            where = found[one.digest][:2]
+            return FetchedPassage(one.index, one.passage_id, "hit", passages[one.digest], found=where)
+
+        return list(map(settled, fetched))
 
     def _sent(self, candidate: Candidate, index: int) -> str | FetchedPassage | None:
         """The text sent with a candidate, or why it is rejected; None: none was sent, or an empty one beside an id."""

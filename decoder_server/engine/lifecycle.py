@@ -43,6 +43,8 @@ class RequestTrace:
     encodings: list[Fetch] = field(default_factory=list)
     passes: list[QueueInterval] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)  # of every candidate, top_n or not
+    num_looked_up: int = 0  # texts that were looked up in collections
+    num_found: int = 0  # of those
     degraded: Degraded | None = None  # scored coarser than requested
     stopped_early: bool = False
     timings: Timings | None = None  # of a ranking that went well

@@ -60,7 +60,7 @@ class StageScore(_message.Message):
     def __init__(self, compression_ratio: _Optional[int] = ..., score: _Optional[float] = ..., margin: _Optional[float] = ..., num_states: _Optional[int] = ...) -> None: ...
 
 class Result(_message.Message):
-    __slots__ = ("index", "passage_id", "status", "score", "margin", "text", "message", "num_states", "compression_ratio", "truncated", "stages")
+    __slots__ = ("index", "passage_id", "status", "score", "margin", "text", "message", "num_states", "compression_ratio", "truncated", "stages", "found_in", "found_id")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     PASSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,8 @@ class Result(_message.Message):
     COMPRESSION_RATIO_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    FOUND_IN_FIELD_NUMBER: _ClassVar[int]
+    FOUND_ID_FIELD_NUMBER: _ClassVar[int]
     index: int
     passage_id: str
     status: _common_pb2.CandidateStatus
@@ -83,7 +85,9 @@ class Result(_message.Message):
     compression_ratio: int
     truncated: bool
     stages: _containers.RepeatedCompositeFieldContainer[StageScore]
-    def __init__(self, index: _Optional[int] = ..., passage_id: _Optional[str] = ..., status: _Optional[_Union[_common_pb2.CandidateStatus, str]] = ..., score: _Optional[float] = ..., margin: _Optional[float] = ..., text: _Optional[str] = ..., message: _Optional[str] = ..., num_states: _Optional[int] = ..., compression_ratio: _Optional[int] = ..., truncated: _Optional[bool] = ..., stages: _Optional[_Iterable[_Union[StageScore, _Mapping]]] = ...) -> None: ...
+    found_in: str
+    found_id: str
+    def __init__(self, index: _Optional[int] = ..., passage_id: _Optional[str] = ..., status: _Optional[_Union[_common_pb2.CandidateStatus, str]] = ..., score: _Optional[float] = ..., margin: _Optional[float] = ..., text: _Optional[str] = ..., message: _Optional[str] = ..., num_states: _Optional[int] = ..., compression_ratio: _Optional[int] = ..., truncated: _Optional[bool] = ..., stages: _Optional[_Iterable[_Union[StageScore, _Mapping]]] = ..., found_in: _Optional[str] = ..., found_id: _Optional[str] = ...) -> None: ...
 
 class Degraded(_message.Message):
     __slots__ = ("reason", "compression_ratio", "stages")
@@ -110,7 +114,7 @@ class Timings(_message.Message):
     def __init__(self, fetch_seconds: _Optional[float] = ..., encode_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ...) -> None: ...
 
 class RerankResponse(_message.Message):
-    __slots__ = ("results", "model", "timings", "num_scored", "num_query_tokens", "query_truncated", "compression_ratio", "stages", "stopped_early", "degraded")
+    __slots__ = ("results", "model", "timings", "num_scored", "num_query_tokens", "query_truncated", "compression_ratio", "stages", "stopped_early", "degraded", "num_looked_up", "num_found")
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +125,8 @@ class RerankResponse(_message.Message):
     STAGES_FIELD_NUMBER: _ClassVar[int]
     STOPPED_EARLY_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOOKED_UP_FIELD_NUMBER: _ClassVar[int]
+    NUM_FOUND_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedCompositeFieldContainer[Result]
     model: str
     timings: Timings
@@ -131,7 +137,9 @@ class RerankResponse(_message.Message):
     stages: _containers.RepeatedCompositeFieldContainer[Stage]
     stopped_early: bool
     degraded: Degraded
-    def __init__(self, results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ..., model: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., num_scored: _Optional[int] = ..., num_query_tokens: _Optional[int] = ..., query_truncated: _Optional[bool] = ..., compression_ratio: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., stopped_early: _Optional[bool] = ..., degraded: _Optional[_Union[Degraded, _Mapping]] = ...) -> None: ...
+    num_looked_up: int
+    num_found: int
+    def __init__(self, results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ..., model: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., num_scored: _Optional[int] = ..., num_query_tokens: _Optional[int] = ..., query_truncated: _Optional[bool] = ..., compression_ratio: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., stopped_early: _Optional[bool] = ..., degraded: _Optional[_Union[Degraded, _Mapping]] = ..., num_looked_up: _Optional[int] = ..., num_found: _Optional[int] = ...) -> None: ...
 
 class RerankStreamRequest(_message.Message):
     __slots__ = ("request",)
@@ -147,7 +155,7 @@ class RerankStreamResponse(_message.Message):
         results: _containers.RepeatedCompositeFieldContainer[Result]
         def __init__(self, results: _Optional[_Iterable[_Union[Result, _Mapping]]] = ...) -> None: ...
     class Summary(_message.Message):
-        __slots__ = ("model", "timings", "num_scored", "num_query_tokens", "query_truncated", "compression_ratio", "stages", "stopped_early", "degraded")
+        __slots__ = ("model", "timings", "num_scored", "num_query_tokens", "query_truncated", "compression_ratio", "stages", "stopped_early", "degraded", "num_looked_up", "num_found")
         MODEL_FIELD_NUMBER: _ClassVar[int]
         TIMINGS_FIELD_NUMBER: _ClassVar[int]
         NUM_SCORED_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +165,8 @@ class RerankStreamResponse(_message.Message):
         STAGES_FIELD_NUMBER: _ClassVar[int]
         STOPPED_EARLY_FIELD_NUMBER: _ClassVar[int]
         DEGRADED_FIELD_NUMBER: _ClassVar[int]
+        NUM_LOOKED_UP_FIELD_NUMBER: _ClassVar[int]
+        NUM_FOUND_FIELD_NUMBER: _ClassVar[int]
         model: str
         timings: Timings
         num_scored: int
@@ -166,7 +176,9 @@ class RerankStreamResponse(_message.Message):
         stages: _containers.RepeatedCompositeFieldContainer[Stage]
         stopped_early: bool
         degraded: Degraded
-        def __init__(self, model: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., num_scored: _Optional[int] = ..., num_query_tokens: _Optional[int] = ..., query_truncated: _Optional[bool] = ..., compression_ratio: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., stopped_early: _Optional[bool] = ..., degraded: _Optional[_Union[Degraded, _Mapping]] = ...) -> None: ...
+        num_looked_up: int
+        num_found: int
+        def __init__(self, model: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., num_scored: _Optional[int] = ..., num_query_tokens: _Optional[int] = ..., query_truncated: _Optional[bool] = ..., compression_ratio: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., stopped_early: _Optional[bool] = ..., degraded: _Optional[_Union[Degraded, _Mapping]] = ..., num_looked_up: _Optional[int] = ..., num_found: _Optional[int] = ...) -> None: ...
     BATCH_FIELD_NUMBER: _ClassVar[int]
     SUMMARY_FIELD_NUMBER: _ClassVar[int]
     batch: RerankStreamResponse.Batch

@@ -62,6 +62,7 @@ def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: s
                 if manifest is None:  # dropped a moment ago
                     continue
                 counts = opened.stats(manifest.storage_name)
+                finds_texts = opened.finds_texts(manifest.storage_name)
             except StoreDamaged as exc:
                 unreadable[name] = str(exc)
                 continue
@@ -70,6 +71,7 @@ def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: s
                 | {one: getattr(counts, one) for one in _COUNTS}
                 | {"clipped_share": counts.clipped_share(manifest.dim), "size_bytes": counts.size_bytes}
                 | {one: getattr(manifest, one) for one in _SETTINGS}
+                | {"finds_texts": finds_texts}
             )
     if as_json:
         print_json(rows)
@@ -87,6 +89,7 @@ def _described(row: dict[str, Any]) -> str:
     num_passages = row["num_passages"]
     per_passage = f" ({human_bytes(row['size_bytes'] / num_passages)} per passage)" if num_passages else ""
     clipped = f"{row['clipped_share']:.2%} of the numbers lie outside what the codec was trained for"
+    unfindable = f", not found by text: `preread collection reindex {row['collection']}`"
     facts = {
         "collection": row["collection"] + "".join(f"  <- {alias}" for alias in row["aliases"]),
         "passages": f"{num_passages:,} ({row['num_truncated']:,} cut at {row['max_passage_tokens']:,} tokens)",
@@ -94,7 +97,7 @@ def _described(row: dict[str, Any]) -> str:
         "states": f"{row['num_states']:,} of {row['dim']} values, compression ratio {row['compression_ratio']}",
         "size": f"{human_bytes(row['size_bytes'])} as {row['codec']}{per_passage}",
         "clipped": clipped if row["num_clipped"] else "",
-        "texts": "stored" if row["stores_text"] else "not stored",
+        "texts": ("stored" if row["stores_text"] else "not stored") + ("" if row["finds_texts"] else unfindable),
         "encoder": f"{row['checkpoint']} ({row['fingerprint'][:12]})",
         "created": row["created_at"],
     }
@@ -203,7 +206,7 @@ def _print_verified(found: _Verified, max_shown: int, remove_damaged: bool) -> N
 
 @click.group()
 def collection() -> None:
-    """Point an alias at a collection, rename, compact, re-encode or drop it.
+    """Manage collections: aliases, names, single passages, upkeep, removal.
 
     To replace a collection while it is in use: index a second one next to it, point the alias at that
     one, drop the first. Readers see one or the other, never a mixture. A collection that has the name which
@@ -270,6 +273,24 @@ def _compact(collection: str, as_json: bool, store: str) -> None:
             raise CommandFailed(f"{masked(store, 'store')}: {nothing}")
         opened.compact(found.storage_name)
     print_result({"collection": found.name}, f"{found.name} is compact", as_json=as_json)
+
+
+@collection.command("reindex")
+@click.argument("collection")
+@flags.as_json
+@flags.store
+def _reindex(collection: str, as_json: bool, store: str) -> None:
+    """Make COLLECTION's passages findable by their text.
+
+    For collections that were written by earlier versions: `preread serve` then finds a text that comes without an id.
+    Reads headers, not states; in a faiss: store it does so for every collection, and writers wait meanwhile.
+    """
+    from cache.collection import Collection
+
+    with _opened(store) as opened, progress_bar("indexing texts") as on_progress:
+        found = Collection.open(opened, collection)
+        opened.index_texts(found.storage_name, on_progress)
+    print_result({"collection": found.name}, f"{found.name} finds passages by their text", as_json=as_json)
 
 
 @collection.command("reencode")

@@ -22,11 +22,11 @@ _process_options = flags.options_of(
     option(
         "--api-key",
         multiple=True,
-        metavar="[SCOPES:]KEY",
+        metavar="[SCOPES[@COLLECTIONS]:]KEY",
         help="A key that may call: everything, or rerank, index, admin. Several: again, or with spaces between them in "
         "the environment. Without any key every client that reaches the port may call.",
     ),
-    option("--api-keys-file", type=flags.FILE, help="Keys that may call, one a line: SCOPES KEY."),
+    option("--api-keys-file", type=flags.FILE, help="Keys that may call, one a line: SCOPES[@COLLECTIONS] KEY."),
     option("--log-format", type=click.Choice(["text", "json"]), default="text", help="For people, or for machines."),
     option("--log-level", type=_LEVELS, default="info", help="Log level, on standard error; info: a line per call."),
     option("--metrics-port", type=flags.PORT, help="Port for Prometheus metrics; 0 takes a free one."),

@@ -50,6 +50,7 @@ async def exported(serve) -> dict[str, set[str]]:
         serving.server.metrics.http(200, 0.1)
         serving.server.metrics.encoder_up("tiny", True)
         trace = RequestTrace(RerankRequest("q", ()), "tiny", degraded=Degraded("queue", 4), stopped_early=True)
+        trace.num_looked_up, trace.num_found = 2, 1
         serving.server.metrics.request_finished(trace)
         found = samples(serving.server.metrics.registry)
     worker = EncoderServer(EncoderConfig("a checkpoint"), store=MemoryStore()).metrics

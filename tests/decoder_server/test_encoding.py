@@ -83,7 +83,7 @@ def by_index(answer: rerank_pb2.RerankResponse) -> list[rerank_pb2.Result]:
 
 async def test_texts_score_as_if_they_had_been_stored(serve, worker, texts, by_hand) -> None:
     inline = list(texts.values())[:20]
-    async with serve(encoder_address=worker.address) as serving:
+    async with serve(encoder_address=worker.address, lookup=()) as serving:
         stored = by_index(await serving.rerank(ids=list(texts)[:20]))
         encoded = by_index(await serving.rerank(inline=inline))
         for a, b in zip(stored, encoded, strict=True):
@@ -104,7 +104,7 @@ async def test_a_stored_passage_of_another_text_is_encoded_anew(serve, worker, t
         rerank_pb2.Candidate(passage_id="nobody", text=texts["p3"]),
         rerank_pb2.Candidate(passage_id="nobody else"),
     ]
-    async with serve(encoder_address=worker.address) as serving:
+    async with serve(encoder_address=worker.address, lookup=()) as serving:
         results = by_index(await serving.rerank(candidates=candidates))
         assert [r.status for r in results] == [HIT, ENCODED, ENCODED, MISSING]
         assert results[1].margin == pytest.approx(by_hand("a text that came later"), abs=1e-4)

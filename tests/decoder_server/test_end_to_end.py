@@ -57,8 +57,9 @@ async def test_what_the_worker_stored_the_server_ranks(serve, tiny, texts, by_ha
             candidates += [rerank_pb2.Candidate(text="not stored at all"), rerank_pb2.Candidate(text=texts["p1"])]
             answer = await serving.rerank(candidates=candidates, collection="shared", return_text=True)
             assert answer.num_scored == len(texts) + 2
+            assert (answer.num_looked_up, answer.num_found) == (2, 1)
             for result in answer.results:
-                assert result.status == (HIT if result.passage_id else ENCODED)
+                assert result.status == (ENCODED if result.index == len(texts) else HIT)
                 assert result.margin == pytest.approx(by_hand(result.text), abs=1e-4)
             assert answer.timings.encode_seconds > 0
             split = await serving.rerank(ids=list(texts)[:5], collection="shared", compression_ratio=8)

@@ -83,19 +83,20 @@ def test_a_corpus_may_have_columns_of_its_own(running, documents):
     assert refused.json()["error"]["param"] == "line 2.titles"
 
 
-def test_what_was_uploaded_is_ranked_by_id_as_its_text_is(running, passages, documents):
-    upload(running, "ranked", passages, codec="Flat")
-    by_text = running.ask(return_margins=True)["results"]
-    ids = [passage["id"] for passage in passages]
-    by_id = running.ask(documents=None, passage_ids=ids, collection="ranked", return_margins=True)["results"]
+def test_what_was_uploaded_is_ranked_by_id_as_its_text_is(run, passages, documents):
+    with run(lookup=()) as running:  # else the texts would be found, and not encoded
+        upload(running, "ranked", passages, codec="Flat")
+        by_text = running.ask(return_margins=True)["results"]
+        ids = [passage["id"] for passage in passages]
+        by_id = running.ask(documents=None, passage_ids=ids, collection="ranked", return_margins=True)["results"]
 
-    assert [r["index"] for r in by_id] == [r["index"] for r in by_text]
-    assert [r["margin"] for r in by_id] == pytest.approx([r["margin"] for r in by_text], abs=1e-4)
-    assert [r["id"] for r in by_id] == [f"d{r['index']}" for r in by_id]
-    with_texts = running.ask(
-        documents=[{"id": "d1"}, {"id": "d3"}], collection="ranked", return_documents=True, on_miss="skip"
-    )
-    assert {r["document"]["text"] for r in with_texts["results"]} == {documents[1], documents[3]}
+        assert [r["index"] for r in by_id] == [r["index"] for r in by_text]
+        assert [r["margin"] for r in by_id] == pytest.approx([r["margin"] for r in by_text], abs=1e-4)
+        assert [r["id"] for r in by_id] == [f"d{r['index']}" for r in by_id]
+        with_texts = running.ask(
+            documents=[{"id": "d1"}, {"id": "d3"}], collection="ranked", return_documents=True, on_miss="skip"
+        )
+        assert {r["document"]["text"] for r in with_texts["results"]} == {documents[1], documents[3]}
 
 
 def test_a_missing_id_is_skipped_encoded_or_fatal(running, passages):

@@ -46,3 +46,31 @@ def test_a_closer_look_needs_the_scope_of_asking(run, query, documents):
         assert [guarded.post("/v1/explain", body, headers=one).status_code for one in given] == [401, 403, 200]
         # the page itself asks for the key
         assert guarded.http.get("/").status_code == 200
+
+
+def test_a_bound_key_reaches_its_collections_alone(run, query, documents):
+    keys = ApiKeys.parse(["rerank,index@docs,live:bound-key-0123456789", "admin-key-0123456789"])
+    bound, admin = {"api-key": "bound-key-0123456789"}, {"api-key": "admin-key-0123456789"}
+    secret = {"passages": [{"id": "s", "text": "what nobody else may know"}]}
+    by_text = {"query": query, "documents": [documents[0], "what nobody else may know"]}
+    with run(keys=keys) as guarded:
+        own = guarded.post(
+            "/v1/collections/docs/passages", {"passages": [{"id": "a", "text": documents[0]}]}, headers=bound
+        )
+        assert own.status_code == 200
+        assert guarded.post("/v1/collections/secret/passages", secret, headers=admin).status_code == 200
+        refused = [
+            guarded.post("/v1/collections/secret/passages", secret, headers=bound),
+            guarded.post("/v1/rerank", {"query": query, "collection": "secret", "passage_ids": ["s"]}, headers=bound),
+            guarded.post("/v1/rerank", {"query": query, "collection": "none", "passage_ids": ["s"]}, headers=bound),
+            guarded.http.get("/v1/collections/secret", headers=bound),
+            guarded.http.get("/v1/collections/secret/passages", headers=bound),
+            guarded.http.get("/metrics", headers=bound),
+        ]
+        assert [one.status_code for one in refused] == [403] * 6
+        listed = [guarded.http.get("/v1/collections", headers=one).json()["data"] for one in (bound, admin)]
+        assert [[one["id"] for one in each] for each in listed] == [["docs"], ["docs", "secret"]]
+        found = [guarded.post("/v1/rerank", by_text, headers=one).headers["x-preread-lookup"] for one in (bound, admin)]
+        assert found == ["1/2", "2/2"]
+        again = guarded.post("/v1/rerank", by_text, headers=bound)  # and nothing that another key had encoded is told
+        assert again.headers["x-preread-lookup"] == "1/2"

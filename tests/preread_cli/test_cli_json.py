@@ -52,6 +52,8 @@ ARGUMENTS: dict[str, Callable[[Fixtures], tuple[object, ...]]] = {
     "verify": lambda f: ("-c", "docs", "--store", f.store),
     "collection alias": lambda f: ("live", "docs", "--store", f.store),
     "collection compact": lambda f: ("docs", "--store", f.store),
+    "collection reindex": lambda f: ("docs", "--store", f.store),
+    "collection rename": lambda f: ("docs", "docs-1", "--alias", "docs", "--store", f.store),
     "collection reencode": lambda f: f.model_flags(
         "docs", "--codec", "B32,SQ8", "--store", f.store, "--model", f.model
     ),

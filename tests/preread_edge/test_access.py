@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
 
 from preread.errors import PermissionDenied, PrereadError, Unauthenticated
 from preread.v1 import encoder_pb2, rerank_pb2
-from preread_edge.access import ApiKeys, Scope
+from preread_edge.access import ApiKeys, Scope, permits
 
 ASKS, RULES = "asks-0123456789ab", "rules-0123456789a"
 
@@ -35,6 +36,18 @@ def test_a_key_may_what_its_scopes_say() -> None:
     assert refusal(ApiKeys(), "", Scope.ADMIN) is None
 
 
+def test_a_key_may_be_bound_to_collections() -> None:
+    keys = ApiKeys.parse([f"rerank@docs,faq:{ASKS}", RULES])
+
+    def permitted(key: str) -> list[bool]:
+        assert refusal(keys, key, Scope.RERANK) is None
+        return [permits("docs"), permits("other"), permits("other", "faq")]
+
+    assert copy_context().run(permitted, ASKS) == [True, False, True]
+    assert copy_context().run(permitted, RULES) == [True, True, True]
+    assert permits("anything")  # outside of any call
+
+
 def test_keys_are_not_kept() -> None:
     assert ASKS not in repr(ApiKeys.parse([f"rerank:{ASKS}"]))
 
@@ -58,6 +71,7 @@ def test_a_key_file(tmp_path: Path) -> None:
         ("rerank", "line 1 has 1 words"),
         (f"\nread {ASKS}", "line 2: scopes are 'read'"),
         ("rerank short", "5 characters long"),
+        (f"rerank@docs, {ASKS}", "line 1: collections are 'docs,'"),
         ("# none\n", "holds no key"),
     ],
 )

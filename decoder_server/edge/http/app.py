@@ -40,7 +40,8 @@ OnAnswer = Callable[[int, float], None]  # status, seconds
 _HEALTH = (*info.LIVE, *info.READY)
 _OPEN = ("/", "/page/page.js", "/page/page.css", "/page/icon.svg", *_HEALTH, "/openapi.json")
 _PREFIXED = (*dialects.PATHS, "/v1/models", "/models", "/info", "/health")  # also there behind a dialect's prefix
-_PROBES = (*_HEALTH, "/metrics")  # a full server is alive, and says why
+_METRICS, _NAMED = "/metrics", re.compile(r"/v1/(collections|aliases)/(?P<name>[^/]+)")
+_PROBES = (*_HEALTH, _METRICS)  # a full server is alive, and says why
 _NO_DIALECT = ("/v1/collections/", "/v1/explain")
 # Of a body that is not read as a whole: enough to tell the dialect of its error.
 _SEEN_BYTES = 64 << 10
@@ -151,6 +152,10 @@ class Envelope:
         presented = (headers.get(name, "") for name in ("authorization", "api-key", "x-api-key"))
         try:
             self._keys.check(next(presented), _scopes_of(method, path), f"{method} {path}", *presented)
+            if path == _METRICS:
+                access.require_every(path)
+            elif named := _NAMED.match(path):
+                access.require(named["name"])
         except PrereadError as exc:
             raise Problem(401 if isinstance(exc, Unauthenticated) else 403, str(exc)) from exc
         return self._app

@@ -25,6 +25,7 @@ from decoder_server.engine.collections import MAX_PAGE_SIZE, PAGE_SIZE, list_ids
 from preread import Passage, UpsertResult
 from preread.errors import InvalidRequest, Path
 from preread.values import CollectionInfo, join_title
+from preread_edge.access import permits, require
 from preread_edge.steps import Pauses, Step, stepped
 
 NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")
@@ -243,7 +244,8 @@ async def _list_passages(request: HttpRequest) -> Response:
 
 async def _list_aliases(request: HttpRequest) -> Response:
     aliases = await asyncio.to_thread(request.context.store.aliases)
-    rows = [_AliasRow(alias=alias, collection=collection) for alias, collection in sorted(aliases.items())]
+    permitted = (row for row in sorted(aliases.items()) if permits(*row))
+    rows = [_AliasRow(alias=alias, collection=collection) for alias, collection in permitted]
     return await respond(_Aliases(data=rows))
 
 
@@ -251,6 +253,7 @@ async def _set_alias(request: HttpRequest) -> Response:
     request.check_written()
     alias = check_name("alias", request.path_params["alias"])
     collection = check_name("collection", str(read(_SetAliasRequest, await request.read_json()).collection))
+    require(collection)
     await asyncio.to_thread(request.context.store.set_alias, alias, collection)
     return await respond(_Alias(alias=alias, collection=collection))
 

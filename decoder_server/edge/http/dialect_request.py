@@ -63,7 +63,12 @@ class _Stages(tuple[values.Stage, ...]):
 
 class _DocumentObject(Struct, kw_only=True):
     text: RawText | None = None
+    title: RawText | None = None  # goes before the text, as where passages are indexed
     id: Text | None = None
+
+    @property
+    def joined(self) -> str | None:
+        return None if self.text is None else values.join_title(self.title, self.text)
 
 
 Documents = Annotated[list[str | _DocumentObject | None] | None, _about("May be absent if passage_ids are given")]
@@ -148,7 +153,7 @@ class RerankBody(Struct, kw_only=True):
             raise InvalidRequest("passage_ids", f"{len(ids)} of them", f"{len(items)}, one for each of {field}")
         candidates = []
         for i, item in enumerate(items):
-            text, own_id = (item.text, item.id) if isinstance(item, _DocumentObject) else (item, None)
+            text, own_id = (item.joined, item.id) if isinstance(item, _DocumentObject) else (item, None)
             passage_id = (ids[i] if ids else "") or own_id or ""
             if text is None and not passage_id:
                 if self.documents is None:
@@ -177,6 +182,10 @@ class Rank(Struct, kw_only=True):
     margin: Annotated[float | UnsetType, _about("With return_margins")] = UNSET
     compression_ratio: Annotated[int | UnsetType, _about("With return_margins: the ratio it was scored at")] = UNSET
     truncated: Annotated[bool | UnsetType, _about("With return_margins, where it was cut: true")] = UNSET
+    found_in: Annotated[
+        str | UnsetType, _about("With return_margins, where it was found by its text: the collection")
+    ] = UNSET
+    found_id: Annotated[str | UnsetType, _about("With return_margins: its id in that collection")] = UNSET
     stages: Annotated[
         list[_StageScore] | UnsetType, _about("With return_margins, of a cascade: every stage that scored it")
     ] = UNSET
@@ -284,6 +293,7 @@ class DialectResponse:
             if parsed.return_margins:
                 fields |= {"margin": result.margin, "compression_ratio": result.compression_ratio or UNSET}
                 fields["truncated"] = result.index in self.cut or UNSET
+                fields |= {"found_in": result.found_in or UNSET, "found_id": result.found_id or UNSET}
                 fields["stages"] = [_StageScore(**dataclasses.asdict(one)) for one in result.stages] or UNSET
             ranks.append(kind(**fields))
         return ranks
@@ -307,8 +317,15 @@ class DialectResponse:
             "x-preread-query-truncated": "true" if any(one.summary.query_truncated for one in responses) else "",
             "x-preread-truncated": positions("cut"),
             "x-preread-empty": positions("empty"),
+            "x-preread-lookup": _found([one.summary for one in responses]),
         }
         return {name: value for name, value in headers.items() if value}
+
+
+def _found(of: Sequence[values.Summary]) -> str:
+    """`97/100`: texts found stored, of those looked up; "" where none was looked up."""
+    num_looked_up = sum(one.num_looked_up for one in of)
+    return f"{sum(one.num_found for one in of)}/{num_looked_up}" if num_looked_up else ""
 
 
 def _ratio(of: values.Summary | values.Degraded) -> str:

@@ -32,6 +32,7 @@ _RERANK_HEADERS = {
     "x-preread-degraded": "Scored at a coarser ratio than requested: deadline or queue",
     "x-preread-asked": "With x-preread-degraded: the ratio or stages without the pressure",
     "x-preread-stopped-early": "true: the deadline ended the cascade before its last stage",
+    "x-preread-lookup": "Texts that were found in collections, of those that were looked up: 97/100",
     "x-preread-query-truncated": "true: the query was cut to the model's limit",
     "x-preread-truncated": "Positions of the documents that were cut: 0,3; at most 500, then ...",
     "x-preread-empty": "Positions of the empty documents, which have the lowest score: 0,3; at most 500, then ...",

@@ -140,6 +140,8 @@ class Problem(Exception):  # noqa: N818 - most are made of an error
                 return cls(503, message)
             case cache.StoreFull():
                 return cls(503, message)
+            case errors.PermissionDenied() if not error.address:  # of the caller's key, not of this server's
+                return cls(403, message)
             case errors.PrereadError():  # a bug of the worker: the text of its exception is for its log
                 return cls(500, "the encoder worker failed; its log has the cause", code="encoder_failed")
             case cache.CollectionNotFound():
