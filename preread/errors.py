@@ -22,7 +22,7 @@ class FieldViolation:
 
 
 class PrereadError(Exception):
-    """Base of everything a call can raise; .code, .reason, .metadata, .address."""
+    """Base of everything a call can raise; .code, .reason, .metadata, .address, .request_id."""
 
     status: ClassVar[str] = "UNKNOWN"  # of the class: gRPC's status code by name
     by_status: ClassVar[dict[str, "type[PrereadError]"]] = {}  # ServerError for any other
@@ -44,11 +44,20 @@ class PrereadError(Exception):
         resource_name: str = "",
         retry_after_seconds: float | None = None,  # None: no hint
         address: str = "",  # of the server that sent the error; "": raised here
+        request_id: str = "",  # under which the server's log has the call; "": none got it
     ) -> None:
         super().__init__(message)
         self.code, self.reason, self.metadata, self.violations = code or self.status, reason, metadata, violations
         self.resource_type, self.resource_name = resource_type, resource_name
-        self.retry_after_seconds, self.address = retry_after_seconds, address
+        self.retry_after_seconds, self.address, self.request_id = retry_after_seconds, address, request_id
+
+    @property
+    def message(self) -> str:
+        """The error in words, without the request's id."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.message} (request {self.request_id})" if self.request_id else self.message
 
     @classmethod
     def received(cls, message: str, **details: Any) -> Self:
@@ -58,7 +67,7 @@ class PrereadError(Exception):
         return error
 
     def __reduce__(self) -> Any:
-        return copyreg.__newobj__, (type(self), str(self)), self.__dict__  # type: ignore[attr-defined]  # not in typeshed
+        return copyreg.__newobj__, (type(self), self.message), self.__dict__  # type: ignore[attr-defined]  # not in typeshed
 
 
 class InvalidRequest(PrereadError, ValueError, status="INVALID_ARGUMENT"):

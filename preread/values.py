@@ -5,15 +5,17 @@ Frozen and plain: no protobuf, no HTTP, light to import. preread.wire and the ed
 
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Any, Literal, Self, TypedDict, TypeVar
 
 from preread.errors import Path, field_name
 
 MAX_STAGES = 8
 MAX_TEXT_CHARS = 400
 MAX_NUMBER = 2**31 - 1  # of a ratio or a count: the wire holds no greater one
+REQUEST_ID = "x-request-id"  # metadata of a call: its name in the logs of every server that it passes
+USABLE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")  # anything else could forge lines in a log
 _STAGE = re.compile(r"\s*(?P<ratio>[0-9]+)\s*(:\s*(?P<keep>[0-9]+)\s*)?")
 
 
@@ -27,6 +29,8 @@ class Stage:
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
     """`32:100, 8:20, 4`: all at ratio 32, the best 100 at 8, the best 20 of those at 4. Raises ValueError."""
+    if not isinstance(text, str):
+        raise TypeError(f"stages is of type {type(text).__name__}; expected a string such as 32:100, 8:20, 4")
     if len(text) > MAX_TEXT_CHARS:
         raise ValueError(f"stages is {len(text)} characters long; expected at most {MAX_TEXT_CHARS}")
     parts = [_STAGE.fullmatch(part) for part in text.split(",")]
@@ -80,6 +84,8 @@ def join_title(title: str | None, text: str, separator: str = " ") -> str:
     return text
 
 
+_T = TypeVar("_T")
+
 OnMiss = Literal["encode", "skip", "fail"]
 Status = Literal["hit", "encoded", "missing", "corrupt", "too_long", "failed", "unspecified"]
 UpsertStatus = Literal["stored", "unchanged", "refused", "unspecified"]
@@ -92,6 +98,19 @@ class Candidate:
     passage_id: str | None = None
     text: str | None = None
     problem: str = field(default="", repr=False)  # found by a server's edge: this candidate fails, no other
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A passage to store."""
+
+    passage_id: str
+    text: str
+
+
+Candidates = Iterable[str | Candidate | Mapping[str, Any]]
+Passages = Iterable[Passage | Mapping[str, Any]]
+AsyncPassages = Passages | AsyncIterable[Passage | Mapping[str, Any]]
 
 
 class RerankOptions(TypedDict, total=False):
@@ -205,6 +224,7 @@ class Reranking:
 
     results: tuple[Result, ...]
     summary: Summary
+    request_id: str = field(default="", compare=False)  # the server's log has the request under it
 
     def __iter__(self) -> Iterator[Result]:
         return iter(self.results)
@@ -214,6 +234,17 @@ class Reranking:
 
     def __getitem__(self, position: int) -> Result:
         return self.results[position]
+
+
+class Listed(tuple[_T, ...]):
+    """What a server listed: a tuple, with the id of the request."""
+
+    request_id: str
+
+    def __new__(cls, values: Iterable[_T], request_id: str = "") -> Self:
+        made = super().__new__(cls, values)
+        made.request_id = request_id
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +298,7 @@ class Warmed:
     num_windows: int
     missing_ids: tuple[str, ...]  # not stored, or damaged
     tiers: tuple[TierUse, ...]
+    request_id: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,14 +330,6 @@ class EncoderInfo:
     device: str
     store: str
     max_message_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Passage:
-    """A passage to store."""
-
-    passage_id: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)

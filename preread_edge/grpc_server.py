@@ -26,6 +26,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 from grpc_status import rpc_status
 
 from preread.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, Overloaded, PrereadError, ServerError
+from preread.values import REQUEST_ID
 from preread_edge import logs
 from preread_edge.access import ApiKeys, Scope, join
 from preread_edge.settings import ServerConfig
@@ -33,7 +34,6 @@ from preread_edge.steps import SMALL_BYTES, Pauses, Step, stepped
 
 log = logging.getLogger(__name__)
 
-REQUEST_ID = "x-request-id"
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 # Of keepalive pings that come closer together, a connection is closed at the third. Clients send one every ten seconds
 # at most, by gRPC's own advice; networks bring some of them closer together.

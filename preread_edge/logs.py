@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import secrets
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from preread.channel import is_loopback
+from preread.values import USABLE_REQUEST_ID
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 PACKAGES = ("preread", "preread_edge", "preread_cli", "decoder_server", "encoder_worker", "cache", "checkpoint")
 MAX_VALUE_CHARS = 2000  # of one value or message in a line; an exception has its own limit
 MAX_EXCEPTION_CHARS = 20_000
-# Ids of other systems; anything else could forge lines in a log.
-_USABLE = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ current = _current.get  # the call this code runs for; None outside of any
 
 def begin(request_id: str = "", traceparent: str = "", rpc: str = "") -> _Call:
     """Makes this the current call; an id that is missing or unusable is replaced by a random one."""
-    call = _Call(request_id if _USABLE.fullmatch(request_id) else secrets.token_hex(16), traceparent, rpc)
+    call = _Call(request_id if USABLE_REQUEST_ID.fullmatch(request_id) else secrets.token_hex(16), traceparent, rpc)
     _current.set(call)
     return call
 

@@ -19,6 +19,7 @@ from checkpoint import EncoderIdentity
 from preread.channel import ClientOptions
 from preread.errors import Unavailable
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
+from preread.values import REQUEST_ID
 from preread.wire import unanswered
 from preread_edge.logs import current
 
@@ -41,8 +42,7 @@ class EncoderClient:
         self._format: encoder_pb2.StateFormat = getattr(encoder_pb2, f"STATE_FORMAT_{dtype_name.upper()}")
         self._timeout_seconds = options.timeout_seconds
         self._api_key = api_key
-        # a worker that returns is found within seconds, not two minutes
-        self._channel = options.channel(grpc.aio, address, ("grpc.max_reconnect_backoff_ms", 5000))
+        self._channel = options.channel(grpc.aio, address)
         self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)
 
     async def encode(self, texts: Sequence[str], ratio: int) -> list[PassageStates | str]:
@@ -107,7 +107,7 @@ def call_metadata(api_key: str) -> dict[str, str]:
     metadata = {"authorization": f"Bearer {api_key}"} if api_key else {}
     if (call := current()) is not None:
         trace = {"traceparent": call.traceparent} if call.traceparent else {}
-        metadata |= {"x-request-id": call.request_id} | trace
+        metadata |= {REQUEST_ID: call.request_id} | trace
     return metadata
 
 

@@ -116,7 +116,8 @@ class Problem(Exception):  # noqa: N818 - most are made of an error
     @classmethod
     def of(cls, error: Exception) -> "Problem":
         """An error of this edge, an engine, the encoder worker, which has an address, the store; or a bug."""
-        own = message = str(error)  # own: less the server that it came from, where the caller is at fault
+        # less the id, which the response has, and for `own` less the server that it came from: the caller is at fault
+        own = message = error.message if isinstance(error, errors.PrereadError) else str(error)
         if isinstance(error, errors.PrereadError) and error.address:
             message = f"encoder worker: {message}"
         match error:
