@@ -2,8 +2,10 @@
 
 import math
 import operator
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from preread.errors import FieldViolation, InvalidRequest
@@ -46,7 +48,30 @@ class Argument:
         text = self.text()
         if ":" not in text or not text.isprintable() or text.startswith(("http://", "https://")):
             raise self.invalid(ascii(text), "host:port")
+        if "," in text and not text.startswith(("ipv4:", "ipv6:", "unix:")):
+            raise self.invalid(ascii(text), "one host:port; several are a list")
         return text
+
+    def addresses(self) -> tuple[str, ...]:
+        """One address, or a list of them."""
+        if isinstance(self.value, str):
+            return (self.address(),)
+        if not isinstance(self.value, Iterable) or isinstance(self.value, bytes | bytearray | Mapping):
+            raise self.wrong("host:port, or a list of them")
+        if not (found := tuple(one.address() for one in self.each())):
+            raise self.invalid("an empty list", "at least one host:port")
+        return found
+
+    def file_contents(self) -> bytes | None:
+        """Of the file at a path; None: there is none."""
+        if self.value is None:
+            return None
+        if not isinstance(self.value, str | os.PathLike):
+            raise self.wrong("a path")
+        try:
+            return Path(self.value).read_bytes()
+        except (OSError, ValueError):
+            raise self.invalid(ascii(os.fspath(self.value)), "a file that can be read") from None
 
     def integer(self, at_least: int = -_INT32) -> int:
         """An int32; None and 0 are the default."""
@@ -95,6 +120,8 @@ class Argument:
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """A mapping of call metadata as HTTP/2 takes it. Its values may be secret."""
+        if not isinstance(self.value, Mapping):
+            raise TypeError(f"metadata is of type {type(self.value).__name__}; expected a mapping, or a function")
         for name, value in self.value.items():
             if not isinstance(name, str) or not isinstance(value, str):
                 raise TypeError(f"metadata has {_show(name)}: {type(value).__name__}; expected strings")
@@ -107,14 +134,18 @@ class Argument:
     def items(self) -> Iterable[Any]:
         """The values of anything iterable but a string, bytes or a mapping, which would give their parts."""
         if isinstance(self.value, str | bytes | bytearray):
-            kind = "string" if isinstance(self.value, str) else "bytes object"
-            raise TypeError(f"{self.field} is one {kind}; expected a list")
+            raise self.wrong("a list")
         if isinstance(self.value, Mapping):
             kind = type(self.value).__name__
-            raise TypeError(f"{self.field} is a {kind}, which would give its keys alone; expected a list")
-        if not isinstance(self.value, Iterable):
-            raise self.wrong("a list")
-        return self.value
+            raise TypeError(f"{self.field} is a {kind}, which would give its keys; expected a list")
+        if type(self.value).__name__ == "DataFrame":
+            advice = "expected a list, such as frame.to_dict('records')"
+            raise TypeError(f"{self.field} is a DataFrame, which would give names of columns; {advice}")
+        try:
+            parts: Iterator[Any] = iter(self.value)
+        except TypeError:
+            raise self.wrong("a list") from None
+        return parts
 
     def each(self) -> "Iterator[Argument]":
         return (Argument(f"{self.field}[{i}]", value) for i, value in enumerate(self.items()))
@@ -126,7 +157,7 @@ class Argument:
         """(id, text) of a Passage, or of a mapping as `preread index` reads it; of no pair: which would be the id?"""
         if isinstance(self.value, Passage):
             return self._of("passage_id").text(), self._of("text").text()
-        passage_id, text = self._row('a Passage, or a mapping {"id": ..., "text": ...}')
+        passage_id, text = self._row("a Passage, or a mapping {id, text}")
         if passage_id is None or text is None:
             raise TypeError(f"{self.field} has no {'id' if passage_id is None else 'text'}; found {self._keys()}")
         return passage_id, text
@@ -136,10 +167,12 @@ class Argument:
         if isinstance(self.value, str):
             return (self.text(), None) if is_id else (None, self.text())
         if isinstance(self.value, Candidate):
-            return self._of("passage_id").text_or_none(), self._of("text").text_or_none()
-        found = self._row('a string, a Candidate, or a mapping {"id": ..., "text": ...}')
+            found, keys = (self._of("passage_id").text_or_none(), self._of("text").text_or_none()), ""
+        else:
+            found = self._row("a str, a Candidate, or a mapping {id, text}")
+            keys = f"; found {self._keys()}"
         if found == (None, None):
-            raise TypeError(f"{self.field} has neither id nor text; found {self._keys()}")
+            raise TypeError(f"{self.field} has neither id nor text{keys}")
         return found
 
     def _of(self, name: str) -> "Argument":
@@ -177,6 +210,8 @@ class Argument:
 
 
 def _show(value: object) -> str:
-    """A value for a message: its type, and its beginning in ASCII, which every terminal can print."""
-    shown = ascii(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
+    """A value for a message: its type, and its beginning in ASCII, which every terminal can print; on one line."""
+    if value is None:
+        return "None"
+    kind, shown = type(value).__name__, " ".join(ascii(value).split())
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind} ({shown if len(shown) <= 60 else shown[:57] + '...'})"

@@ -51,7 +51,7 @@ def test_both_clients_say_the_same(server_pair, client) -> None:
 
     ours, theirs = client.warm(["w1", "w2"], collection=COLLECTION), asyncio.run(ask())
     assert (ours.num_passages, ours.missing_ids) == (theirs.num_passages, theirs.missing_ids) == (2, ())
-    with pytest.raises(TypeError, match="passage_ids is one string"):
+    with pytest.raises(TypeError, match="passage_ids is a str"):
         client.warm("w1", collection=COLLECTION)
 
 
