@@ -28,7 +28,7 @@ from decoder_server.models.backend import Backend
 from decoder_server.models.loading import load_model
 from decoder_server.readiness import Readiness
 from decoder_server.telemetry import Metrics, RequestLog
-from preread import AsyncClient, ClientOptions
+from preread import AsyncClient, ClientOptions, RetryPolicy
 from preread_edge import listener
 from preread_edge.access import ApiKeys, Guard, join
 from preread_edge.grpc_server import add_standard_services, listen, make_server
@@ -161,7 +161,8 @@ class Gateway:
         worker = None  # passages that come over HTTP are written by the first model that has one
         if writer := next((model for model in grpc_config.models if model.encoder_address), None):
             metadata = partial(call_metadata, writer.encoder_api_key)  # with the request's id, for the worker's log
-            options = ClientOptions(timeout_seconds=None, tls=grpc_config.encoder_tls, metadata=metadata)
+            retry = RetryPolicy(budget_seconds=1.0)  # the caller over HTTP is told soon, and when to come back
+            options = ClientOptions(timeout_seconds=None, tls=grpc_config.encoder_tls, metadata=metadata, retry=retry)
             worker = AsyncClient(writer.encoder_address, encoder_address=writer.encoder_address, options=options)
         self.context = Context(
             config, server.engines, server.store, server.metrics.registry, server.readiness, server.threads, worker

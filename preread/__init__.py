@@ -19,18 +19,20 @@ if TYPE_CHECKING:
     from preread.aio import *
     from preread.channel import *
     from preread.errors import *
+    from preread.retry import *
     from preread.sync import *
     from preread.values import *
 
 __all__ = [
-    "AsyncClient", "AsyncRerankingStream", "Cancelled", "Candidate", "Client", "ClientOptions", "CollectionInfo",
-    "DeadlineExceeded", "Degraded", "EncoderIdentity", "EncoderInfo", "FailedPrecondition", "FieldViolation",
-    "InvalidRequest", "ModelInfo", "NotFound", "Overloaded", "Passage", "PermissionDenied", "PrereadError",
-    "RerankOptions", "Reranking", "RerankingStream", "Result", "RetryPolicy", "ServerError", "Stage", "StageScore",
-    "Summary", "TierUse", "Timings", "TlsFiles", "Unauthenticated", "Unavailable", "UpsertResult", "Warmed",
-    "format_stages", "parse_stages",
+    "AsyncClient", "AsyncPassages", "AsyncRerankingStream", "AsyncStream", "Cancelled", "Candidate", "Candidates",
+    "Client", "ClientOptions", "CollectionInfo", "DeadlineExceeded", "Degraded", "EncoderIdentity", "EncoderInfo",
+    "FailedPrecondition", "FieldViolation", "InvalidRequest", "Listed", "ModelInfo", "NotFound", "OnMiss",
+    "Overloaded", "Passage", "Passages", "PermissionDenied", "PrereadError", "RerankOptions", "Reranking",
+    "RerankingStream", "Result", "RetryPolicy", "ServerError", "Stage", "StageScore", "Status", "Stream",
+    "Summary", "TierUse", "Timings", "TlsFiles", "Unauthenticated", "Unavailable", "UpsertResult", "UpsertStatus",
+    "Warmed", "format_stages", "parse_stages",
 ]  # fmt: skip
-_MODULES = ("preread.values", "preread.errors", "preread.channel", "preread.aio", "preread.sync")  # light ones first
+_MODULES = tuple(f"preread.{name}" for name in ("values", "errors", "retry", "channel", "aio", "sync"))  # light first
 
 
 def __getattr__(name: str) -> Any:

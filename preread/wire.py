@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
-from typing import Any, TypeVar, cast, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar, cast, get_args, get_type_hints
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -15,20 +15,27 @@ from google.rpc import status_pb2
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, ResourceInfo, RetryInfo
 
 from preread.arguments import Argument
-from preread.errors import FieldViolation, PrereadError, ServerError
+from preread.errors import FieldViolation, InvalidRequest, PrereadError, ServerError
 from preread.v1 import common_pb2, encoder_pb2, rerank_pb2
-from preread.values import Candidate, OnMiss, Passage, RerankOptions, Result, Stage, StageScore, parse_stages
+from preread.values import (
+    AsyncPassages,
+    Candidates,
+    OnMiss,
+    Passage,
+    RerankOptions,
+    Result,
+    Stage,
+    StageScore,
+    parse_stages,
+)
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
+FAILED = (grpc.RpcError, asyncio.CancelledError)  # of a stream: grpc.aio cancels a call whose passages raise
 IDS_PER_DELETE = 10_000  # a server bounds the fields of a message; 5 MB where each has the 512 bytes it may have
 # An upsert message goes out when either is reached: small enough to be acknowledged soon, large enough to batch.
 MAX_PASSAGES_PER_MESSAGE, MAX_CHARACTERS_PER_MESSAGE = 64, 1 << 20
-
-Candidates = Iterable[str | Candidate | Mapping[str, Any]]
-Passages = Iterable[Passage | Mapping[str, Any]]
-AsyncPassages = Passages | AsyncIterable[Passage | Mapping[str, Any]]
 
 
 def pack(kind: Callable[..., M], *required: str, within: str = "", **values: object) -> M:
@@ -53,27 +60,37 @@ def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> 
     """A plain string is an id where a collection is named, else a text. Raises as `pack` does."""
     if unknown := options.keys() - RerankOptions.__optional_keys__:
         raise TypeError(f"unknown arguments {sorted(unknown)}; known: {sorted(RerankOptions.__optional_keys__)}")
-    on_miss = options.get("on_miss")
+    on_miss = Argument("on_miss", options.get("on_miss")).text_or_none()
     if on_miss is not None and on_miss not in get_args(OnMiss):
         raise Argument("on_miss", on_miss).invalid(ascii(on_miss), f"{', '.join(get_args(OnMiss))} or None")
-    is_id = bool(options.get("collection"))
+    is_id = bool(Argument("collection", options.get("collection")).text_or_none())
     pairs = (one.candidate(is_id=is_id) for one in Argument("candidates", candidates).each())
     packed = [rerank_pb2.Candidate(passage_id=passage_id, text=text) for passage_id, text in pairs]
-    stages: object = options.get("stages") or ()
-    if isinstance(stages, str):
-        try:
-            stages = parse_stages(stages)
-        except ValueError as exc:
-            raise Argument("stages", stages).invalid(ascii(stages), f"stages that fit ({exc})") from exc
-    packed_stages = []
-    for one in Argument("stages", stages).each():
-        if not isinstance(one.value, Stage):
-            raise one.wrong("a Stage")
-        packed_stages.append(pack(rerank_pb2.Stage, within=f"{one.field}.", **asdict(one.value)))
+    packed_stages = [
+        pack(rerank_pb2.Stage, within=f"{one.field}.", **asdict(one.value))
+        for one in _stages(Argument("stages", options.get("stages")))
+    ]
     values: dict[str, Any] = {name: value for name, value in options.items() if name != "timeout"}
     values |= {"query": query, "candidates": packed, "stages": packed_stages}
     values["on_miss"] = f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}"
     return pack(rerank_pb2.RerankRequest, "query", **values)
+
+
+def _stages(given: Argument) -> list[Argument]:
+    """Each a Stage, of a string or a list of them; None and "": none."""
+    if given.value is None or isinstance(given.value, str):
+        text = given.text_or_none() or ""
+        try:
+            return list(Argument("stages", parse_stages(text) if text else ()).each())
+        except ValueError as exc:
+            raise InvalidRequest.received(str(exc), violations=(FieldViolation(given.field, str(exc)),)) from exc
+    expected = 'a string such as "32:100, 8:20, 4", or a list of Stage'
+    if not isinstance(given.value, Iterable) or isinstance(given.value, Stage):
+        raise given.wrong(expected)
+    stages = list(given.each())
+    if wrong := next((one for one in stages if not isinstance(one.value, Stage)), None):
+        raise wrong.wrong("a Stage")
+    return stages
 
 
 class Upload:
@@ -82,6 +99,7 @@ class Upload:
     def __init__(self, passages: AsyncPassages, **settings: Any) -> None:
         """`settings` are other fields of the request. Raises as `pack` does; a passage raises when it is read."""
         self.error: Exception | None = None
+        self.can_repeat = True  # no message but the first was taken
         self._passages = passages if isinstance(passages, AsyncIterable) else Argument("passages", passages).items()
         self._settings = pack(encoder_pb2.UpsertRequest, "collection", **settings)
         self._waiting: list[encoder_pb2.Passage] = []
@@ -131,12 +149,12 @@ class Upload:
             yield message
 
 
-def unpack(kind: Callable[..., T], message: Any) -> T:
-    """The dataclass `kind` from a message whose fields have the same names; it may lack fields that have a default.
+def unpack(kind: Callable[..., T], message: Any, **more: object) -> T:
+    """The dataclass `kind` from a message whose fields have the same names, and `more`; others have a default.
 
     An unset field is None where the dataclass says so, a repeated one a tuple, and an enum its word: `stored`.
     """
-    return kind(**{name: convert(message) for name, convert in _converters(kind, message.DESCRIPTOR)})
+    return kind(**{name: convert(message) for name, convert in _converters(kind, message.DESCRIPTOR)}, **more)
 
 
 @functools.cache
@@ -192,26 +210,28 @@ def unpack_results(messages: Iterable[rerank_pb2.Result]) -> tuple[Result, ...]:
 
 
 @contextmanager
-def ending(call: Any, address: str, upload: Upload | None = None) -> Iterator[None]:
-    """Ends a stream with the block, also where its reader leaves early; raises what went wrong, typed."""
+def ending(call: Any, upload: Upload | None = None) -> Iterator[None]:
+    """Ends a stream with the block, also where its reader leaves early; raises what went wrong with its passages."""
     try:
         yield
-    except (grpc.RpcError, asyncio.CancelledError) as exc:  # either: grpc.aio cancels a call whose passages raise
+    except FAILED:
         if upload is not None and upload.error is not None:
             raise upload.error from None
-        if isinstance(exc, grpc.RpcError):
-            raise translate(exc, address) from exc
         raise
     finally:
         call.cancel()
 
 
 # What gRPC itself says where no server has: while it connects, and about a call that it ends. The first match counts.
-_CONNECTING = re.compile("connections to all backends failing|failed to connect to all addresses|errors resolving|DNS ")
-_ENDING = re.compile("Stream removed|Socket closed|Cancelling all|recvmsg|sendmsg|[Kk]eepalive|[Pp]ing timeout|GOAWAY")
+_CONNECTING = re.compile("connections to all|failed to connect to all addresses|errors resolving|DNS ")
+_ENDING = re.compile(
+    r"(?i)socket|connection|recvmsg|sendmsg|reset|goaway|pipe|stream|keepalive|\bping|endpoint|transport|EOF|Cancelling all"
+)
 _CONNECT_FAILURES = (
     ("errors resolving|DNS resolution", "UNREACHABLE", "its name has no address"),
     ("Connection refused", "UNREACHABLE", "nothing listens there"),
+    ("No such file", "UNREACHABLE", "there is no such socket"),
+    ("unreachable|No route", "UNREACHABLE", "there is no way to that host"),
     ("Failed parsing HTTP/2", "NOT_GRPC", "what listens there does not speak gRPC"),
     ("WRONG_VERSION_NUMBER", "NOT_TLS", "what listens there does not use TLS"),
     ("certificate has expired", "TLS", "its certificate has expired"),
@@ -223,42 +243,66 @@ _CONNECT_FAILURES = (
 )
 
 
-def translate(error: grpc.RpcError, address: str) -> PrereadError:
-    """The typed form of a failed call. Where no server answered it says why in words that are not gRPC's."""
+class Unanswered(NamedTuple):
+    """Why no server answered a call, in words that are not gRPC's."""
+
+    code: str
+    reason: str  # a constant
+    words: str  # of what the server did not do
+    was_sent: bool = True  # perhaps, and so perhaps with its id in the server's log
+
+
+def translate(error: grpc.RpcError, address: str, request_id: str) -> tuple[PrereadError, bool]:
+    """The typed form of a failed call, and whether a server answered it: gRPC's own errors come without metadata.
+
+    Its caller did not cancel it: where gRPC says so, the call ended with its server.
+    """
     call: Any = error  # grpc's stubs declare nothing of what its sync and async errors have in common
-    code = call.code() or grpc.StatusCode.UNKNOWN
-    message = call.details() or code.name
-    details = {"code": code.name, "address": address}
+    code = (call.code() or grpc.StatusCode.UNKNOWN).name
+    trailers = tuple(call.trailing_metadata() or ())
+    message, details = call.details() or code, {"address": address}
     if found := unanswered(error):
-        details["reason"], message = found[0], f"the server at {address} {found[1]}"
-    elif code is grpc.StatusCode.UNAVAILABLE:
+        code, details["reason"], message = found.code, found.reason, f"the server at {address} {found.words}"
+        request_id = request_id if found.was_sent else ""
+    elif code == "UNAVAILABLE":
         message = f"{address}: {message}"
-    for key, value in call.trailing_metadata() or ():
+    details |= {"code": code, "request_id": request_id}
+    for key, value in trailers:
         if key == "grpc-status-details-bin" and isinstance(value, bytes):
             with suppress(DecodeError):  # some proxy's own; the status code has to do
                 for item in status_pb2.Status.FromString(value).details:
                     details |= _error_detail(item)
-    return PrereadError.by_status.get(code.name, ServerError).received(message, **details)
+    answered = bool(trailers or tuple(call.initial_metadata() or ()))
+    return PrereadError.by_status.get(code, ServerError).received(message, **details), answered
 
 
-def unanswered(error: grpc.RpcError) -> tuple[str, str] | None:
-    """The reason, a constant, and what the server did not do; None: the error's message is the server's own."""
+def unanswered(error: grpc.RpcError) -> Unanswered | None:
+    """Why no server answered; None: the error's message is the server's own."""
     call: Any = error
-    code, message = call.code(), call.details() or ""
-    if call.trailing_metadata():
+    code, message = (call.code() or grpc.StatusCode.UNKNOWN).name, call.details() or ""
+    if tuple(call.trailing_metadata() or ()):
         return None
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED and message == "Deadline Exceeded":
-        return "NO_ANSWER", "did not answer within the time limit"
-    if code is grpc.StatusCode.UNAVAILABLE and _CONNECTING.match(message):
-        found = ((reason, seen) for pattern, reason, seen in _CONNECT_FAILURES if re.search(pattern, message))
-        reason, seen = next(found)
-        return reason, f"could not be reached: {seen}"
-    if code is grpc.StatusCode.UNAVAILABLE and _ENDING.match(message):
-        return "UNREACHABLE", "did not answer: the connection was lost"
+    match code:
+        case "UNAVAILABLE" if _CONNECTING.match(message):
+            found = ((reason, seen) for pattern, reason, seen in _CONNECT_FAILURES if re.search(pattern, message))
+            reason, seen = next(found)
+            return Unanswered(code, reason, f"could not be reached: {seen}", was_sent=False)
+        case "UNAVAILABLE" if _ENDING.search(message):
+            return Unanswered(code, "UNREACHABLE", "did not answer: the connection was lost")
+        case "CANCELLED":
+            return Unanswered("UNAVAILABLE", "UNREACHABLE", "ended the call, as one that stops does")
+        case "DEADLINE_EXCEEDED":
+            return Unanswered(code, "NO_ANSWER", "did not answer within the time limit")
+        case "RESOURCE_EXHAUSTED" if sizes := re.search(r"(Sent|Received) message larger .* \((\d+) vs\. (\d+)", message):
+            kind, size, most = "asked" if sizes[1] == "Sent" else "answered", int(sizes[2]), int(sizes[3])
+            words = f"was to be {kind} with {size:,} bytes; expected at most max_message_bytes, {most:,}"
+            return Unanswered(code, "MESSAGE_SIZE", words)
     if message.startswith("Received http2 header"):
-        return "NOT_GRPC", "could not be reached: what listens there answers in HTTP, not in gRPC"
+        words = "could not be reached: what listens there answers in HTTP, not in gRPC"
+        return Unanswered(code, "NOT_GRPC", words)
     if message in ("Method not found!", "Method not implemented!"):
-        return "UNKNOWN_CALL", "does not know this call: it is older than this client, or a server of another kind"
+        words = "does not know this call: it is older than this client, or a server of another kind"
+        return Unanswered(code, "UNKNOWN_CALL", words)
     return None
 
 

@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,14 +130,28 @@ class ServerPair:
     process: subprocess.Popen[bytes]
 
 
+Serving = Callable[..., AbstractContextManager[ServerPair]]
+
+
 @pytest.fixture(scope="session")
-def server_pair(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
+def serving(tiny_checkpoint: Path) -> Serving:
+    """serving(directory, *flags) starts a pair whose store is in the directory, and stops it with the block."""
+    return partial(_serving, tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def server_pair(serving: Serving, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPair]:
     """One pair for all tests that only ask: take a collection name of your own."""
-    directory = tmp_path_factory.mktemp("server")
+    with serving(tmp_path_factory.mktemp("server")) as pair:
+        yield pair
+
+
+@contextmanager
+def _serving(checkpoint: Path, directory: Path, *flags: str) -> Iterator[ServerPair]:
     store = f"faiss:{directory / 'store'}"
     log = directory / "log"
-    command = [sys.executable, "-m", "preread", "serve", "--model", str(tiny_checkpoint), "--store", store]
-    command += ["--port", "0", "--encoder-port", "0", "--threads", "1", "--dtype", "float32"]
+    command = [sys.executable, "-m", "preread", "serve", "--model", str(checkpoint), "--store", store]
+    command += ["--port", "0", "--encoder-port", "0", "--threads", "1", "--dtype", "float32", *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
         try:
@@ -145,7 +161,7 @@ def server_pair(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
             encoder = re.search(r"^encoder\s+(\S+)", said, re.MULTILINE)
             assert address is not None
             assert encoder is not None
-            yield ServerPair(address[1], encoder[1], store, tiny_checkpoint, process)
+            yield ServerPair(address[1], encoder[1], store, checkpoint, process)
         finally:
             process.send_signal(signal.SIGTERM)
             try:

@@ -72,7 +72,7 @@ class EncoderClient:
                 log.error("the encoder worker failed: %s: %s", code.name, details)
                 details = "its log has the cause"
             found = unanswered(exc)
-            raise self._error(found[1] if found else f"{code.name}: {details}") from exc
+            raise self._error(found.words if found else f"{code.name}: {details}") from exc
 
     def _check_encoder(self, fingerprint: str, dim: int, error: type[Exception]) -> None:
         read = self._identity

@@ -17,7 +17,7 @@ from preread.v1 import rerank_pb2, rerank_pb2_grpc
 from preread_edge.access import ApiKeys
 
 ASKS, WRITES = "asks-0123456789ab", "writes-0123456789"
-ONCE = RetryPolicy(max_attempts=1)
+ONCE = RetryPolicy(budget_seconds=0)
 
 
 @pytest.fixture

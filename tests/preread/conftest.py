@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from preread.v1 import encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
+from preread.v1 import encoder_pb2, encoder_pb2_grpc, rerank_pb2, rerank_pb2_grpc
 
 Answer = Callable[[Any, grpc.ServicerContext], Any]
 
@@ -58,28 +65,38 @@ class ScriptedService(rerank_pb2_grpc.RerankServiceServicer):
         return self._next(request, context)
 
     def RerankStream(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
-        yield from self._next(request, context)
+        answer = self._next(request.request, context)
+        if isinstance(answer, rerank_pb2.RerankResponse):
+            answer = [rerank_pb2.RerankStreamResponse(batch={"results": answer.results})]
+        yield from answer
 
 
 class ReadingWorker(encoder_pb2_grpc.EncoderServiceServicer):
-    """Reads uploads to their end; what a client sends is what ends them."""
+    """Acknowledges the passages of uploads as stored; remembers their ids. Ends one after `max_messages`."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.max_messages = 1000
 
     def Upsert(self, request_iterator: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
-        for _ in request_iterator:
-            pass
-        yield from ()
+        for number, message in enumerate(request_iterator):
+            if number == self.max_messages:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "stopping")
+            ids = [one.passage_id for one in message.passages]
+            self.ids += ids
+            yield encoder_pb2.UpsertResponse(results=[{"passage_id": one, "status": 1} for one in ids])
 
 
 class Scripted:
     """The service, and where it listens."""
 
-    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
-        self.service = ScriptedService()
+    def __init__(self, credentials: grpc.ServerCredentials | None = None, port: int = 0) -> None:
+        self.service, self.worker = ScriptedService(), ReadingWorker()
         self.server = grpc.server(ThreadPoolExecutor(8))
         rerank_pb2_grpc.add_RerankServiceServicer_to_server(self.service, self.server)
-        encoder_pb2_grpc.add_EncoderServiceServicer_to_server(ReadingWorker(), self.server)
+        encoder_pb2_grpc.add_EncoderServiceServicer_to_server(self.worker, self.server)
         add = self.server.add_insecure_port if credentials is None else self.server.add_secure_port
-        self.port = add("127.0.0.1:0", *([] if credentials is None else [credentials]))
+        self.port = add(f"127.0.0.1:{port}", *([] if credentials is None else [credentials]))
         self.address = f"127.0.0.1:{self.port}"
         self.server.start()
 
@@ -104,14 +121,41 @@ def answering() -> Answer:
 
 
 @pytest.fixture
-def scripted_with() -> Iterator[Callable[[grpc.ServerCredentials], Scripted]]:
-    """scripted_with(credentials) listens with TLS."""
+def scripted_with() -> Iterator[Callable[..., Scripted]]:
+    """scripted_with(credentials) listens with TLS, scripted_with(port=...) at a port."""
     started: list[Scripted] = []
 
-    def start(credentials: grpc.ServerCredentials) -> Scripted:
-        started.append(Scripted(credentials))
+    def start(*settings: Any, **more: Any) -> Scripted:
+        started.append(Scripted(*settings, **more))
         return started[-1]
 
     yield start
     for running in started:
         running.server.stop(0).wait()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate of 127.0.0.1 and its key, as PEM files."""
+    directory = tmp_path_factory.mktemp("tls")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "preread test")])
+    now = datetime.datetime.now(datetime.UTC)
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    cert_file, key_file = directory / "cert.pem", directory / "key.pem"
+    cert_file.write_bytes(built.public_bytes(serialization.Encoding.PEM))
+    key_file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return cert_file, key_file

@@ -21,11 +21,12 @@ from preread import (
     PrereadError,
     RetryPolicy,
     ServerError,
+    TlsFiles,
     Unauthenticated,
     Unavailable,
 )
 
-ONCE = ClientOptions(retry=RetryPolicy(max_attempts=1))
+ONCE = ClientOptions(retry=RetryPolicy(budget_seconds=0))
 CLASSES = {
     "INVALID_ARGUMENT": InvalidRequest,
     "OUT_OF_RANGE": InvalidRequest,
@@ -109,14 +110,30 @@ async def test_the_async_client_raises_the_same(scripted, failing) -> None:
     assert caught.value.violations[0].field == "query"
 
 
-def test_nobody_there_names_the_address() -> None:
-    with Client("127.0.0.1:1", options=ONCE) as client, pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
+@pytest.mark.parametrize(
+    ("address", "says"), [("127.0.0.1:1", "no server listens there"), ("unix:/no.sock", "there is no such socket")]
+)
+def test_a_connection_that_fails_names_the_address_and_why(address: str, says: str) -> None:
+    with Client(address, options=ONCE) as client, pytest.raises(Unavailable) as caught:
+        client.list_models()
+    assert str(caught.value) == f"{address}: {says}"
+
+
+def test_tls_on_one_side_only_is_told_from_both(scripted, scripted_with, certificate) -> None:
+    cert, key = certificate
+    secured = scripted_with(grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())]))
+    with_tls = ClientOptions(retry=ONCE.retry, tls=TlsFiles(cert))
+    for address, options in ((scripted.address, with_tls), (secured.address, ONCE)):
+        with Client(address, options=options) as client, pytest.raises(Unavailable, match="TLS"):
+            client.list_models()
+    with_others = ClientOptions(retry=ONCE.retry, tls=TlsFiles())
+    with Client(secured.address, options=with_others) as client, pytest.raises(Unavailable, match="not trusted"):
         client.list_models()
 
 
 def test_arguments_are_checked_before_anything_is_sent(scripted) -> None:
     with Client(scripted.address) as client:
-        with pytest.raises(TypeError, match="one string"):
+        with pytest.raises(TypeError, match="candidates is a str"):
             client.rerank("q", "text")
         with pytest.raises(ValueError, match="on_miss is 'ignore'"):
             client.rerank("q", ["text"], on_miss="ignore")

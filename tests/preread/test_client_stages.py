@@ -76,7 +76,7 @@ def test_a_call_carries_stages_and_its_answer_says_what_was_read(scripted) -> No
         assert reranking.summary.stages == stages[:1]
         assert reranking.summary.stopped_early
         assert reranking.summary.degraded == Degraded("queue", 0, stages)
-        with pytest.raises(ValueError, match="RATIO:KEEP"):
+        with pytest.raises(ValueError, match=r"^stages is '8-2'; expected RATIO:KEEP, .* such as 32:100, 8:20, 4$"):
             client.rerank("q", ["text"], stages="8-2")
 
 
