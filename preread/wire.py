@@ -225,8 +225,9 @@ def ending(call: Any, upload: Upload | None = None) -> Iterator[None]:
 # What gRPC itself says where no server has: while it connects, and about a call that it ends. The first match counts.
 _CONNECTING = re.compile("connections to all|failed to connect to all addresses|errors resolving|DNS ")
 _ENDING = re.compile(
-    r"(?i)socket|connection|recvmsg|sendmsg|reset|goaway|pipe|stream|keepalive|\bping|endpoint|transport|EOF|Cancelling all"
+    r"(?i)socket|connection|recvmsg|sendmsg|reset|goaway|pipe|stream|keepalive|\bping|endpoint|transport|EOF|cancelling"
 )
+_TOO_LARGE = re.compile(r"(Sent|Received) message larger .* \((\d+) vs\. (\d+)")
 _CONNECT_FAILURES = (
     ("errors resolving|DNS resolution", "UNREACHABLE", "its name has no address"),
     ("Connection refused", "UNREACHABLE", "nothing listens there"),
@@ -293,7 +294,7 @@ def unanswered(error: grpc.RpcError) -> Unanswered | None:
             return Unanswered("UNAVAILABLE", "UNREACHABLE", "ended the call, as one that stops does")
         case "DEADLINE_EXCEEDED":
             return Unanswered(code, "NO_ANSWER", "did not answer within the time limit")
-        case "RESOURCE_EXHAUSTED" if sizes := re.search(r"(Sent|Received) message larger .* \((\d+) vs\. (\d+)", message):
+        case "RESOURCE_EXHAUSTED" if sizes := _TOO_LARGE.match(message):
             kind, size, most = "asked" if sizes[1] == "Sent" else "answered", int(sizes[2]), int(sizes[3])
             words = f"was to be {kind} with {size:,} bytes; expected at most max_message_bytes, {most:,}"
             return Unanswered(code, "MESSAGE_SIZE", words)

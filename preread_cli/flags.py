@@ -16,6 +16,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=Config)
 
 ADMIN_READ_SECONDS = 5.0  # of commands that look at a store: a slow one is not broken, a hanging one is not waited for
+SHORT_RETRY_SECONDS = 1.0  # of a command that someone waits for: that no server is there should be said soon
+LONG_RETRY_SECONDS = 60.0  # of one that runs for hours: it goes on over a restart of the server
 BATCH_READ_SECONDS = 30.0  # of commands that run for minutes: a slow store is better than one given up on
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -104,7 +106,12 @@ as_json = option("--json", "as_json", is_flag=True, help="Print one JSON documen
 json_file = option("--json-file", type=OUTPUT, help="Write everything to this file too, as JSON.")
 pairs = option("--pairs", type=FILE, help="JSON lines: query, passage, maybe instruction.  [default: 100 built in]")
 client = options_of(
-    option("--address", metavar="HOST:PORT", default="127.0.0.1:50051", help="Address of the server."),
+    option(
+        "--address",
+        metavar="HOST:PORT,...",
+        default="127.0.0.1:50051",
+        help="Address of the server, or of several equal ones with commas.",
+    ),
     option("--tls", is_flag=True, help="Use TLS with the system's certificates."),
     option("--tls-ca-file", type=FILE, help="Trust this certificate (PEM) and use TLS."),
     option("--tls-cert-file", type=FILE, help="Show this certificate (PEM), for mutual TLS."),
@@ -113,7 +120,15 @@ client = options_of(
 )
 
 
-def client_settings(given: Mapping[str, Any]) -> "preread.ClientOptions":  # evaluated, it would load gRPC
+def addresses(given: Mapping[str, Any]) -> str | list[str]:
+    """The one of --address, or those in it."""
+    found = [one.strip() for one in given["address"].split(",")]
+    return found[0] if len(found) == 1 else found
+
+
+def client_settings(
+    given: Mapping[str, Any], retry_seconds: float = SHORT_RETRY_SECONDS
+) -> "preread.ClientOptions":  # evaluated, it would load gRPC
     """Of `client` and --timeout-seconds. Raises ValueError: a certificate without its key, or the reverse."""
     # Before gRPC is loaded, which would write its own lines about a failed handshake next to the error's.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -123,4 +138,5 @@ def client_settings(given: Mapping[str, Any]) -> "preread.ClientOptions":  # eva
     tls = preread.TlsFiles(*files) if given["tls"] or any(files) else None
     keys = (given["api_key"] or "").split()  # a server reads the same variable, and may have several with scopes there
     api_key = ApiKeys.split(keys[0])[1] if keys else None
-    return preread.ClientOptions(tls=tls, api_key=api_key, timeout_seconds=given["timeout_seconds"])
+    retry = preread.RetryPolicy(budget_seconds=retry_seconds)
+    return preread.ClientOptions(tls=tls, api_key=api_key, timeout_seconds=given["timeout_seconds"], retry=retry)

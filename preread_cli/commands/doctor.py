@@ -264,7 +264,7 @@ def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity 
     from preread.channel import proxy_variable
 
     tls = flags.from_options(DecoderConfig, options, models=(ModelConfig("any"),)).encoder_tls
-    retry = preread.RetryPolicy(max_attempts=1)
+    retry = preread.RetryPolicy(budget_seconds=0)
     once = preread.ClientOptions(timeout_seconds=5.0, retry=retry, tls=tls, api_key=options["encoder_api_key"])
     try:
         with preread.Client(address, encoder_address=address, options=once) as client:
@@ -286,29 +286,33 @@ def _worker(options: Mapping[str, Any], address: str, identity: EncoderIdentity 
 def health(**given: Any) -> None:
     """Ask a server, of either kind, whether it is ready.
 
-    Exit codes: 0 ready, 2 no such service, 3 not ready or unreachable.
+    Of several addresses each must be ready. Exit codes: 0 ready, 2 no such service, 3 not ready or unreachable.
     """
-    settings, address = flags.client_settings(given), Argument("address", given["address"]).address()
+    answers = [_asked(one, given) for one in Argument("address", flags.addresses(given)).addresses()]
+    service = f" ({given['service']})" if given["service"] else ""
+    late = [one for one in answers if one["status"] != "SERVING"]
+    if not late or given["as_json"]:
+        lines = "\n".join(f"{one['address']} is ready{service}" for one in answers)
+        print_result(answers if len(answers) > 1 else answers[0], lines, as_json=given["as_json"])
+    for one in late:
+        message = f"the server at {one['address']} says: {given['service'] or 'it'} is not ready ({one['status']})"
+        raise CommandFailed(message, UNAVAILABLE)
+
+
+def _asked(address: str, given: Mapping[str, Any]) -> dict[str, str]:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from preread.wire import translate
 
     request = health_pb2.HealthCheckRequest(service=given["service"])
-    with settings.channel(grpc, address) as channel:
+    with flags.client_settings(given).channel(grpc, address) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=given["timeout_seconds"])
         except grpc.RpcError as exc:
             if exc.code() is not grpc.StatusCode.NOT_FOUND:
-                raise translate(exc, address) from exc
+                raise translate(exc, address, "")[0] from exc
             message = f"--service is {given['service']!r}, which {address} does not have; expected live, or encoder"
             raise CommandFailed(f"{message}, of a reranking server that has one") from None
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    is_ready = answer.status == health_pb2.HealthCheckResponse.SERVING
-    if is_ready or given["as_json"]:
-        values = {"address": address, "service": given["service"], "status": status}
-        line = f"{address} is ready" + (f" ({given['service']})" if given["service"] else "")
-        print_result(values, line, as_json=given["as_json"])
-    if not is_ready:
-        message = f"the server at {address} says: {given['service'] or 'it'} is not ready ({status})"
-        raise CommandFailed(message, UNAVAILABLE)
+    return {"address": address, "service": given["service"], "status": status}

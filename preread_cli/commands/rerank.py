@@ -109,8 +109,8 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
         "top_n": (DEFAULT_TOP_N if query is not None else 0) if given["top_n"] is None else given["top_n"],
         "return_text": query is not None,
     }
-    settings = flags.client_settings(given)
-    with preread.Client(given["address"], options=settings) as client:
+    settings = flags.client_settings(given, flags.LONG_RETRY_SECONDS if query is None else flags.SHORT_RETRY_SECONDS)
+    with preread.Client(flags.addresses(given), options=settings) as client:
         limits = {info.name: info.max_candidates for info in client.list_models()}
         if not limits:
             raise CommandFailed(f"the server at {given['address']} is still loading its models", UNAVAILABLE)
@@ -211,11 +211,12 @@ def _rerank_in_parts(
     other candidates. Of a cascade each request keeps as many as one would, so no less is scored than in one.
     """
     results: list[Result] = []
-    parts = []
+    parts, ids = [], []
     for first in range(0, len(candidates), max_candidates):
         part = client.rerank(query, candidates[first : first + max_candidates], **options)
         results += [dataclasses.replace(result, index=result.index + first) for result in part]
         parts.append(part.summary)
+        ids.append(part.request_id)
     scored = [result for result in results if result.margin is not None]
     scored.sort(key=lambda r: (-len(r.stages), -(r.margin or 0.0), r.index))
     others = sorted((r for r in results if r.margin is None), key=lambda r: r.index)
@@ -227,7 +228,7 @@ def _rerank_in_parts(
         stopped_early=any(part.stopped_early for part in parts),
         degraded=next((part.degraded for part in parts if part.degraded is not None), None),
     )
-    return Reranking((*scored[: options.get("top_n") or None], *others), summary)
+    return Reranking((*scored[: options.get("top_n") or None], *others), summary, ",".join(ids))
 
 
 def run_rows(answer: Reranking) -> list[tuple[str, float]]:
@@ -322,7 +323,7 @@ def warm(ctx: click.Context, /, **given: Any) -> None:
     options = {name: given[name] for name in ("collection", "instruction", "compression_ratio")}
     warmed = []
     settings = flags.client_settings(given)
-    with preread.Client(given["address"], options=settings) as client, progress_bar("warming") as on_progress:
+    with preread.Client(flags.addresses(given), options=settings) as client, progress_bar("warming") as on_progress:
         ids = passage_ids(client, given)
         if not ids:
             raise CommandFailed(f"{given['ids']}: no ids, nothing to warm")

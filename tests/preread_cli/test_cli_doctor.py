@@ -119,6 +119,10 @@ def test_health_of_a_running_pair(server_pair) -> None:
         late = CliRunner().invoke(cli, ["health", *arguments])
     assert late.exit_code == 3
     assert "did not answer within the time limit; is `preread serve` running there" in late.stderr
+    both = CliRunner().invoke(cli, ["health", "--address", f"{server_pair.address}, {server_pair.encoder_address}"])
+    assert (both.exit_code, both.stdout.count("is ready")) == (0, 2)
+    for address in ("127.0.0.1:1", f"{server_pair.address},127.0.0.1:1"):
+        assert CliRunner().invoke(cli, ["health", "--address", address]).exit_code == 3
 
 
 class Web(BaseHTTPRequestHandler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -254,6 +255,17 @@ def test_a_bad_query_is_named(rerank, tmp_path: Path, content: str, message: str
 
     assert answer.exit_code == 2
     assert message in answer.stderr
+
+
+def test_one_of_several_servers_is_enough(server_pair, client) -> None:
+    arguments = ["rerank", "blue", "-c", COLLECTION, "--store", server_pair.store, "--json"]
+    answer = CliRunner().invoke(cli, [*arguments, "--address", f"127.0.0.1:1,{server_pair.address}"])
+    assert answer.exit_code == 0, answer.output
+    assert re.fullmatch("[0-9a-f]{32}", json.loads(answer.stdout)["request_id"])
+
+    answer = CliRunner().invoke(cli, [*arguments, "--address", f"{server_pair.address},here"])
+    assert answer.exit_code == 2
+    assert "address[1] is 'here'; expected host:port" in answer.stderr
 
 
 def test_no_server_is_3_and_says_what_to_start() -> None:
