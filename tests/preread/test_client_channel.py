@@ -90,7 +90,9 @@ async def test_where_no_server_answers_the_error_says_what_was_seen() -> None:
     assert {type(error) for error in late} == {DeadlineExceeded}
 
 
-async def test_tls_on_one_side_alone_or_of_strangers_is_said(scripted, scripted_with, certificate, tmp_path) -> None:
+async def test_tls_on_one_side_alone_or_of_strangers_is_said(
+    scripted, scripted_with, certificate, make_certificate, tmp_path
+) -> None:
     (cert, key), (others, others_key) = certificate, make_certificate(tmp_path, "127.0.0.9")
     secure = scripted_with(grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())]))
     renamed = scripted_with(grpc.ssl_server_credentials([(others_key.read_bytes(), others.read_bytes())]))
