@@ -20,7 +20,7 @@ from benchmarks.codecs_workload import Sizes, Workload
 from benchmarks.common import CACHE, report, start
 from cache.codecs import Codec
 from encoder_worker.passage_encoder import PassageEncoder
-from tuning.progress import TerminalProgress
+from preread_cli.terminal import Progress
 
 CODECS = ("SQ8", "SQ4", "PQ96")
 WORDS = ("cat", "moon", "cell", "the", "protein", "tree", "risk", "blue", "one", "mouse", "gene", "water")
@@ -36,10 +36,10 @@ def uniform(checkpoint: str, ratio: int) -> NDArray[np.float32]:
 def measure(args: argparse.Namespace) -> None:
     start()
     rows = []
-    with TerminalProgress() as progress:
+    with Progress() as progress:
         sizes = Sizes(args.queries, args.candidates, NUM_TRAINING)
         workload = Workload(args.checkpoint, args.collection, sizes, args.work, progress)
-        advance = progress.begin("codecs", len(args.ratios) * 2 * len(CODECS))
+        advance = progress.begin("codecs", len(args.ratios) * 2 * len(CODECS), "codecs")
         for ratio in args.ratios:
             reference = workload.margins("reference", ratio, lambda states: states)
             others = np.concatenate([states.states for _, states in workload.states(workload.scored, ratio)])

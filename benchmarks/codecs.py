@@ -25,8 +25,8 @@ from scipy.stats import kendalltau
 from benchmarks.codecs_shown import COMPUTE, plot, print_tables
 from benchmarks.codecs_workload import Margins, Sizes, Workload
 from benchmarks.common import CACHE, report, start
+from preread_cli.terminal import Progress
 from tuning.metrics import HEADLINE, per_query
-from tuning.progress import TerminalProgress
 from tuning.trec import rank
 
 # 16, 8, 6 and 4 bits a number, plain, scaled and rotated; then 4, 2 and 1 by product quantizers; 16 and 8 bytes in all.
@@ -88,13 +88,13 @@ def outliers(workload: Workload, ratio: int) -> dict[str, float]:
 def measure(args: argparse.Namespace) -> None:
     start()
     sizes = Sizes(args.queries, args.candidates, args.training_passages, args.residual_training_states)
-    with TerminalProgress() as progress:
+    with Progress() as progress:
         workload = Workload(args.checkpoint, args.collection, sizes, args.work, progress)
         rows: list[list[Any]] = []
         trained_on: dict[str, int] = {}
         dim = workload.dim
         args.codecs = [c.format(dim=dim, half=dim // 2, quarter=dim // 4, eighth=dim // 8) for c in args.codecs]
-        advance = progress.begin("margins", len(args.ratios) * (len(args.codecs) + 2))
+        advance = progress.begin("margins", len(args.ratios) * (len(args.codecs) + 2), "rankings")
         finest = workload.margins("reference", 1, lambda states: states)
         for ratio in args.ratios:
             reference = workload.margins("reference", ratio, lambda states: states)

@@ -127,7 +127,7 @@ class Workload:
         if items:
             encoder = PassageEncoder.load(str(self.opened.path), dtype="float32")
             settings = CollectionSettings(compression_ratio=1, codec="Flat", stores_text=False)
-            advance = self._progress.begin("encode", len(items))
+            advance = self._progress.begin("encode", len(items), "passages")
             for first in range(0, len(items), 32):  # small groups: little is lost by an interruption
                 index(items[first : first + 32], encoder, self._store, "states", settings)
                 advance(len(items[first : first + 32]))

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import click
 from prometheus_client import CollectorRegistry
-from rich.console import Console
 
 from cache.errors import CacheError, StoreLocked, StoreUnavailable
 from cache.open import open_store
@@ -254,7 +253,7 @@ def checked(load: Load, *, every: bool = True, passed: Path = PASSED_CHECKS) -> 
         _say(f"checking     {model.served_name} against its own weights in float32 (once; --no-check leaves it out)")
         report = health_gate(backend)
         if not report.passed:
-            report.print(Console(stderr=True))
+            report.print(err=True)
             raise CheckpointError(report.summary())
         _say(f"checked      {model.served_name}: scores are healthy, {report.seconds:.0f} s")
         if known is not None:

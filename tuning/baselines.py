@@ -44,7 +44,7 @@ def search(
         raise MissingExtra("BM25", "evaluate", exc) from exc
     tokenize = partial(bm25s.tokenize, stopwords="english", show_progress=False)
     tokens = tokenize(list(passages.values()))
-    advance = progress.begin(_BM25, len(queries))
+    advance = progress.begin(_BM25, len(queries), "queries")
     if not any(tokens.ids):  # no passage has a word in it
         advance(len(queries))
         return {query_id: [] for query_id in queries}
@@ -84,7 +84,7 @@ def teacher_run(
     known = sorted({p for ranking in first.values() for p, _ in ranking if p in passages})
     texts = {("passage", p): passages[p] for p in known} | {("query", q): queries[q] for q in first}
     vectors: dict[tuple[str, str], NDArray[np.float32]] = {}  # (dim,) of unit length
-    advance = progress.begin(TEACHERS[name], len(texts))
+    advance = progress.begin(TEACHERS[name], len(texts), "texts")
     by_size = sorted(texts, key=lambda key: -len(texts[key]))
     for start in range(0, len(by_size), _BATCH):
         part = by_size[start : start + _BATCH]

@@ -5,6 +5,7 @@ report.baseline.measures["nDCG@10"].mean, report.reranked(4).measures["nDCG@10"]
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +19,12 @@ from decoder_server.models.fbnl.backend import FbnlBackend
 from encoder_worker.passage_encoder import PassageEncoder
 from tuning.baselines import first_stage, teacher_run
 from tuning.config import TEACHERS, EvaluationSettings, MeasuringSettings
+from tuning.estimate import Pace, estimated
 from tuning.judged import JudgedCollection, read_judged
 from tuning.metrics import Bootstrap, per_query
 from tuning.progress import SILENT, StageProgress
 from tuning.report import Counts, EvaluationReport, System
-from tuning.rerank import CHUNK_BYTES, EncodedStates, Reranked, StateSource, StoredStates, rerank
+from tuning.rerank import CHUNK_BYTES, EncodedStates, Pairs, Reranked, StateSource, StoredStates, rerank
 from tuning.trec import Run
 
 
@@ -103,10 +105,11 @@ def evaluate(
     one = Experiment(judged, model, settings, device, dtype, progress)
     judged, (name, first), ratios = one.judged, one.first_stage, settings.ratios or ()
     runs: list[tuple[str, int | None, Run]] = [(name, None, first)]
+    source = one.source(stored, math.gcd(*ratios))
+    progress.tell(lambda: _plan(one, source, ratios))
     if settings.teacher is not None:
         taught = teacher_run(settings.teacher, judged, first, device=device, progress=progress)
         runs.append((TEACHERS[settings.teacher], None, taught))
-    source = one.source(stored, math.gcd(*ratios))
     reranked = rerank(one.backend, source, judged.queries, first, ratios, settings.instruction, progress)
     finest = len(runs)
     runs += [(f"r = {ratio}", ratio, ranking) for ratio, ranking in reranked.runs.items()]
@@ -127,6 +130,18 @@ def evaluate(
         systems=systems,
         refused=judged.refused,
     )
+
+
+def _plan(one: Experiment, source: StateSource, ratios: Sequence[int]) -> str:
+    """What is going to be done, and about how long it takes."""
+    pairs = Pairs(one.first_stage[1])
+    prompts = {q: one.backend.prompt(one.judged.queries[q], one.settings.instruction) for q in pairs.candidates}
+    work = f"{len(pairs.candidates):,} queries with {pairs.num:,} candidates, {len(pairs.places):,} passages"
+    plan = f"Reranking {work}, at {len(ratios)} ratio{'s' * (len(ratios) != 1)}"
+    if (pace := Pace.measure(source, one.backend, prompts, pairs, ratios)) is None:
+        return f"{plan}."
+    scoring = sum(pace.scoring(ratio, pairs.num) for ratio in ratios)
+    return f"{plan}; {estimated(encode=pace.reading(pairs.places), score=scoring)}."
 
 
 def _counts(judged: JudgedCollection, first: Run, min_grade: int, reranked: Reranked) -> Counts:

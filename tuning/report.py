@@ -2,23 +2,18 @@
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from encoder_worker.sources import Refused
+from preread_edge.tables import TEXT, Column, Table, print_parts
 from tuning.config import EvaluationSettings
 from tuning.judged import JudgedCollection
 from tuning.metrics import HEADLINE, Interval, Quality
 from tuning.trec import Qrels, Run, write_runs
 
 _FORMAT_VERSION = 1
-_MIN_WIDTH = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,18 +151,18 @@ class EvaluationReport:
         best = first.measures[ceiling].mean
         # The ceiling is the same for all of them: it stands below the table.
         others = [name for name in first.measures if name not in (HEADLINE, ceiling)]
-        table = plain_table("system", HEADLINE, f"over {first.name}", f"of {finest.name}", *others)
+        named = (HEADLINE, f"over {first.name}", f"of {finest.name}", *others)
+        table = Table([Column("system", TEXT), *map(Column, named)])
         for system in self.systems:
             kept = system.kept[HEADLINE] if system.kept is not None else None
-            table.add_row(
+            table.add(
                 system.name,
-                Text(str(system.measures[HEADLINE])),
-                Text(gain_cell(system)),
+                str(system.measures[HEADLINE]),
+                gain_cell(system),
                 f"{kept.mean:.1%}" if kept is not None else "",
                 *(f"{system.measures[name].mean:.3f}" for name in others),
             )
         print_parts(
-            _MIN_WIDTH,
             f"{self.collection}: {counts.num_queries:,} queries, {counts.num_passages:,} passages, "
             f"{counts.num_judgements:,} judgements; {first.name} top {settings.top_k}\n"
             f"{self.checkpoint}: {origin}, {self.dtype} on {self.device}",
@@ -202,19 +197,3 @@ def format_json(document: dict[str, Any]) -> str:
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1)
     plain_list = re.compile(r"\[\n\s+[^\[\]{}]*?\n\s+\]")
     return plain_list.sub(lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text) + "\n"
-
-
-def print_parts(min_width: int, *parts: str | Table) -> None:
-    """Texts and tables on standard output; cells are never cut: a narrow terminal wraps lines."""
-    console = Console()
-    console.width = max(console.width, min_width)
-    for part in parts:
-        console.print(Text(part) if isinstance(part, str) else part)
-
-
-def plain_table(*columns: str, left: Sequence[str] = ()) -> Table:
-    """A table without lines; the first column and those in `left` are aligned left."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 or name in left else "right", no_wrap=True)
-    return table

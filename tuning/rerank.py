@@ -55,7 +55,7 @@ class EncodedStates:
         known = [p for p in passage_ids if p in self.texts]
         tokenized = self.encoder.tokenize([self.texts[p] for p in known], split=self.split)
         passages = [(p, passage) for p, passage in zip(known, tokenized, strict=True) if passage.failed is None]
-        advance = progress.begin("encode (tokens)", sum(passage.num_tokens for passage in tokenized))
+        advance = progress.begin("encode", sum(passage.num_tokens for passage in tokenized), "tokens")
         # The longest first: memory runs out at once or not at all, and the time left is estimated high, not low.
         passages.sort(key=lambda one: -one[1].num_tokens)
         sized = ((one, one[1].num_states(self.ratio) * 4 * self.encoder.dim) for one in passages)
@@ -81,7 +81,7 @@ class StoredStates:
         return self.collection.manifest.compression_ratio
 
     def chunks(self, passage_ids: Sequence[str], progress: StageProgress = SILENT) -> Iterator[States]:
-        advance = progress.begin("read (passages)", len(passage_ids))
+        advance = progress.begin("read", len(passage_ids), "passages")
 
         def sized() -> Iterator[tuple[tuple[str, PassageStates], int]]:
             for start in range(0, len(passage_ids), STORE_READ_PASSAGES):
@@ -144,7 +144,7 @@ def rerank(
     pairs = Pairs(candidates)
     margins = {ratio: np.full(pairs.num, np.nan, dtype=np.float32) for ratio in ratios}
     result = Reranked({}, missing_passages=set(pairs.places), seconds=dict.fromkeys(ratios, 0.0))
-    advance = progress.begin("score (pairs)", pairs.num * len(ratios))
+    advance = progress.begin("score", pairs.num * len(ratios), "pairs")
     for chunk in source.chunks(list(pairs.places), progress):
         result.missing_passages -= chunk.keys()
         result.truncated_passages |= {p for p, states in chunk.items() if states.truncated}

@@ -6,18 +6,16 @@ No model is loaded, and torch is not imported: measures and intervals are those 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rich.text import Text
-
 from encoder_worker.sources import Refused
+from preread_edge.tables import TEXT, Column, Table, print_parts
 from tuning.baselines import first_stage
 from tuning.config import EvaluationSettings
 from tuning.judged import JudgedCollection
 from tuning.metrics import HEADLINE, Bootstrap, per_query
-from tuning.report import Counts, System, format_json, gain_cell, plain_table, print_parts, refused_rows
+from tuning.report import Counts, System, format_json, gain_cell, refused_rows
 from tuning.trec import Qrels, Run, RunFile
 
 _FORMAT_VERSION = 1
-_COLUMNS_WIDTH = 80  # of the table, without the names of the runs
 _SETTINGS = ("top_k", "min_grade", "max_queries", "seed", "num_resamples")  # the others are of reranking
 
 
@@ -51,14 +49,13 @@ class RunReport:
         """Title, table, how to read it, and notes about the data, on standard output."""
         counts, settings, (first, *more) = self.counts, self.settings, self.systems
         others = [name for name in first.measures if name != HEADLINE]
-        table = plain_table("run", HEADLINE, *(["change"] if more else []), *others)
+        table = Table([Column("run", TEXT), *map(Column, (HEADLINE, *(["change"] if more else []), *others))])
         for system in self.systems:
-            gain = [Text(gain_cell(system))] if more else []
+            gain = [gain_cell(system)] if more else []
             means = (f"{system.measures[name].mean:.3f}" for name in others)
-            table.add_row(system.name, Text(str(system.measures[HEADLINE])), *gain, *means)
+            table.add(system.name, str(system.measures[HEADLINE]), *gain, *means)
         marks = f" ▲ ▼: the paired difference in {HEADLINE} from {first.name} excludes 0." if more else ""
         print_parts(
-            _COLUMNS_WIDTH + max(len(system.name) for system in self.systems),
             f"{self.collection}: {counts.num_queries:,} queries, {counts.num_judgements:,} judgements; the best "
             f"{settings.top_k} of each query, {counts.num_candidates:,} in all",
             table,

@@ -83,7 +83,8 @@ class Source:
         self._max_line_bytes = max_line_bytes
         self._inputs = [_resolve(str(name), format) for name in names]
         sizes = [_size(name) for name, _ in self._inputs]
-        self._total_bytes = sum(size for size in sizes if size is not None) if None not in sizes else None
+        # Of all inputs; None where one's size is not known.
+        self.num_bytes = sum(size for size in sizes if size is not None) if None not in sizes else None
         self._done_bytes = 0
         self._position: Position = int  # nothing
 
@@ -125,7 +126,7 @@ class Source:
     def fraction(self) -> float | None:
         """How much of the inputs was read, 0 to 1; None where their size is not known."""
         done = self._done_bytes + self._position()
-        return None if self._total_bytes is None else min(1.0, done / max(1, self._total_bytes))
+        return None if self.num_bytes is None else min(1.0, done / max(1, self.num_bytes))
 
     def _lines(self, stream: BinaryIO, source: str, *, jsonl: bool) -> Iterator[Item]:
         # Line numbers of several files would collide.

@@ -14,9 +14,10 @@ from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS
 from preread_cli.flags import option
 from preread_cli.models import model_argument
-from preread_cli.terminal import print_json
+from preread_cli.terminal import Progress, print_json
 from preread_edge.outputs import human_bytes
 from preread_edge.settings import LoadConfig
+from preread_edge.tables import WHOLE, Column, Table, print_parts
 
 if TYPE_CHECKING:
     from checkpoint import Checkpoint
@@ -80,8 +81,7 @@ def checkpoint(model: str, make_random: str | None, seed: int, as_json: bool, **
         "passage template": repr(facts["passage_template"]),
         "prompt template": repr(facts["prompt_template"]),
     }
-    for name, value in shown.items():
-        click.echo(f"{name:<16}  {value}")
+    print_parts(Table.facts(shown))
 
 
 def _facts(opened: Checkpoint) -> dict[str, Any]:
@@ -159,35 +159,37 @@ def convert_ctxl(ctx: click.Context, /, source: str, target: Path, formats: str,
     from decoder_server.models.cross_encoder.conversion import CausalSource, staged
     from tuning.health import PairSet
     from tuning.health.parity import parity
-    from tuning.progress import TerminalProgress, counted
+    from tuning.progress import counted
 
     tune_process(options["threads"])
-    say = partial(click.echo, err=options["as_json"])
+    say = partial(print_parts, err=options["as_json"])
     compared, opened = PairSet.read(options["pairs"]), CausalSource.open(source)
-    say(f"source       {opened.name}, {opened.architecture} to {opened.target}")
-    say(f"score        row 0 of {opened.head}{' (tied)' if opened.tied else ''}")
-    say(f"padding      left, with {opened.pad_token!r} ({opened.pad_token_id})")
+    told = {"source": f"{opened.name}, {opened.architecture} to {opened.target}"}
+    told["score"] = f"row 0 of {opened.head}{' (tied)' if opened.tied else ''}"
+    told["padding"] = f"left, with {opened.pad_token!r} ({opened.pad_token_id})"
+    say(Table.facts(told))
     dtypes = ("float32", "bfloat16") if formats == "both" else (formats,)
     with staged(target) as folder:
-        with TerminalProgress() as progress:
-            with counted(progress, "convert", len(opened.sizes)) as advance:
+        with Progress() as progress:
+            with counted(progress, "convert", len(opened.sizes), "tensors") as advance:
                 opened.convert(folder, advance)
             rows = parity(opened, folder, compared, dtypes, progress)
-        say(f"parity       {rows[0].num_pairs} pairs ({compared.name}), the original against the conversion:")
+        say(f"{rows[0].num_pairs} pairs ({compared.name}), the original against the conversion:")
+        numbers = ("max |delta|", "allowed", "Kendall tau", "rank agreement")
+        table = Table([Column("parity", WHOLE), Column("", WHOLE), *map(Column, numbers)], num_keys=2, indent=2)
         for row in rows:
-            say(
-                f"  {row.dtype:<10} {'pass' if row.passed else 'FAIL'}  max |delta| {row.max_delta:.2e}, allowed "
-                f"{row.allowed_delta:.2e}; Kendall tau {row.tau:.4f}, rank agreement {row.rank_agreement:.0%}"
-            )
+            deltas = (f"{row.max_delta:.2e}", f"{row.allowed_delta:.2e}")
+            verdict = "pass" if row.passed else "FAIL"
+            table.add(row.dtype, verdict, *deltas, f"{row.tau:.4f}", f"{row.rank_agreement:.0%}")
+        say(table)
         record = {"source": source, "head": opened.head, "pairs": compared.name, "parity": [*map(asdict, rows)]}
         is_same = all(row.passed for row in rows)
         if options["as_json"]:
             print_json({"target": str(target) if is_same else None} | record)
         if not is_same:
-            click.echo(f"FAILED: the scores differ by more than rounding; {target} was not made", err=True)
+            print_parts(f"FAILED: the scores differ by more than rounding; {target} was not made", err=True)
             ctx.exit(BAD_ITEMS)  # raises, and so the folder goes
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         (folder / "conversion.json").write_text(text, encoding="utf-8")
-    say(f"converted    {target}")
-    if opened.files.profile.license:
-        say(f"licence      {opened.files.profile.license}, as the source's")
+    license = opened.files.profile.license
+    say(Table.facts({"converted": str(target), "licence": license and f"{license}, as the source's"}))

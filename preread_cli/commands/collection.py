@@ -17,6 +17,7 @@ from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
 from preread_cli.terminal import confirm, print_json, print_result, print_some, progress_bar
 from preread_edge.outputs import human_bytes, is_stdout, open_output
+from preread_edge.tables import Table, print_parts
 
 if TYPE_CHECKING:
     from cache.store import Store
@@ -76,16 +77,17 @@ def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: s
     if as_json:
         print_json(rows)
     elif rows:
-        click.echo("\n\n".join(map(_described, rows)))
+        for number, row in enumerate(rows):
+            print_parts(*[""] * (number > 0), _described(row))
     elif not unreadable:
-        click.echo(f"{masked(store, 'store')} holds no collection; `preread index` makes one.")
+        print_parts(f"{masked(store, 'store')} holds no collection; `preread index` makes one.")
     for name, reason in unreadable.items():
-        click.echo(f"{name} cannot be read: {reason}", err=True)
+        print_parts(f"{name} cannot be read: {reason}", err=True)
     if unreadable:
         ctx.exit(BAD_ITEMS)
 
 
-def _described(row: dict[str, Any]) -> str:
+def _described(row: dict[str, Any]) -> Table:
     num_passages = row["num_passages"]
     per_passage = f" ({human_bytes(row['size_bytes'] / num_passages)} per passage)" if num_passages else ""
     clipped = f"{row['clipped_share']:.2%} of the numbers lie outside what the codec was trained for"
@@ -101,7 +103,7 @@ def _described(row: dict[str, Any]) -> str:
         "encoder": f"{row['checkpoint']} ({row['fingerprint'][:12]})",
         "created": row["created_at"],
     }
-    return "\n".join(f"{name:<10}  {value}" for name, value in facts.items() if value)
+    return Table.facts(facts)
 
 
 @click.command()
@@ -172,7 +174,7 @@ def _read(store: Store, name: str) -> _Verified:
     audit = store.audit(whole.name)
     found = _Verified(whole.name, problems=list(audit.problems), orphans=list(audit.orphans))
     try:
-        with progress_bar("reading") as on_progress:
+        with progress_bar(f"reading {whole.name}", "passages") as on_progress:
             counts = whole.stats()
             found.clipped_share = counts.clipped_share(whole.manifest.dim)
             for passage_id, version, damage in whole.verify():
@@ -191,17 +193,17 @@ def _print_verified(found: _Verified, max_shown: int, remove_damaged: bool) -> N
     for title, lines in (("damaged", damaged), ("damaged", found.problems), ("left behind", found.left_behind)):
         print_some(title, lines, max_shown)
     if found.orphans:
-        click.echo(f"{len(found.orphans):,} segment files of writes that were cut off; the next write removes them")
+        print_parts(f"{len(found.orphans):,} segment files of writes that were cut off; the next write removes them")
     if found.num_version_1:
         mend = "`preread collection compact` (faiss:) or a new collection (Redis) writes them again"
-        click.echo(f"{found.num_version_1:,} records of version 1, which do not know their id; {mend}")
+        print_parts(f"{found.num_version_1:,} records of version 1, which do not know their id; {mend}")
     if found.clipped_share:
         mend = f"and are cut to it; `preread collection reencode {found.collection}` trains it again"
-        click.echo(f"{found.clipped_share:.2%} of the numbers lie outside what the codec was trained for, {mend}")
+        print_parts(f"{found.clipped_share:.2%} of the numbers lie outside what the codec was trained for, {mend}")
     removed = f", {found.removed:,} removed" if remove_damaged else ""
     mended = ", catalogue written again" if remove_damaged and found.problems else ""
     read = f"{found.num_passages:,} passages read, {len(found.damaged):,} damaged"
-    click.echo(f"{found.collection}: {read}{removed}{mended}")
+    print_parts(f"{found.collection}: {read}{removed}{mended}")
 
 
 @click.group()
@@ -287,7 +289,7 @@ def _reindex(collection: str, as_json: bool, store: str) -> None:
     """
     from cache.collection import Collection
 
-    with _opened(store) as opened, progress_bar("indexing texts") as on_progress:
+    with _opened(store) as opened, progress_bar("indexing texts", "passages") as on_progress:
         found = Collection.open(opened, collection)
         opened.index_texts(found.storage_name, on_progress)
     print_result({"collection": found.name}, f"{found.name} finds passages by their text", as_json=as_json)
@@ -338,7 +340,7 @@ def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
             load,
             move_names=not options["keep_names"],
             stop=stack.enter_context(stopping()),
-            on_progress=stack.enter_context(progress_bar(source.name)),
+            on_progress=stack.enter_context(progress_bar(f"re-encoding {source.name}", "passages")),
         )
         if missing is not None:
             missing.writelines(f"{passage_id}\n" for passage_id in done.needs_input)
@@ -357,22 +359,22 @@ def _print_reencoded(done: Reencoding, codec: str) -> None:
     report, name = done.report, done.source.name
     written = f"{report.num_stored:,} written ({done.num_from_texts:,} from their texts)"
     counts = f"{done.num_passages:,} passages, {written}, {report.clipped_share:.2%} of the numbers clipped"
-    click.echo(f"{name} -> {done.target.name} as {codec}: {counts}")
+    print_parts(f"{name} -> {done.target.name} as {codec}: {counts}")
     refused = (f"{entry['passage_id']}: {entry['message']}" for entry in report.refused)
     print_some("refused", refused, num_lines=report.num_refused)
     print_some("needs its input again", done.needs_input)
     print_some("damaged, left out", done.damaged)
     if done.needs_input:
-        click.echo(f"`preread index --force -c {done.target.name}` with the passages above encodes them again")
+        print_parts(f"`preread index --force -c {done.target.name}` with the passages above encodes them again")
     for moved in done.moved_names:
-        click.echo(f"{moved} -> {done.target.name}")
+        print_parts(f"{moved} -> {done.target.name}")
     if name in done.moved_names:
-        click.echo(f"the old one is there until `preread collection drop {name}`")
+        print_parts(f"the old one is there until `preread collection drop {name}`")
     if done.overtaken:
         again = "and keeps its names: run again when writers pause"
-        click.echo(f"{name} was written to during every pass, {again}", err=True)
+        print_parts(f"{name} was written to during every pass, {again}", err=True)
     if report.interrupted:
-        click.echo("preread: interrupted; run again to go on from here", err=True)
+        print_parts("preread: interrupted; run again to go on from here", err=True)
 
 
 @collection.command("drop")

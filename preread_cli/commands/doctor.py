@@ -24,12 +24,14 @@ from preread_cli.flags import option
 from preread_cli.models import compute_options, models_option, parse_models
 from preread_cli.terminal import print_json, print_result
 from preread_edge.outputs import human_bytes
+from preread_edge.tables import TEXT, WHOLE, Column, Table, print_parts
 
 if TYPE_CHECKING:
     from checkpoint import Checkpoint, EncoderIdentity
 
 # Python, torch and a loaded server without its weights: measured on a small model.
 PROCESS_BYTES = 400 << 20
+STYLES = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
 _Finding = tuple[str, str, str]  # name, state, message; the state is ok, warn, or FAIL: serving will not work
 
 
@@ -60,7 +62,10 @@ def doctor(ctx: click.Context, /, **options: Any) -> None:
     if options["as_json"]:
         print_json([{"name": name, "state": state.lower(), "message": message} for name, state, message in findings])
     else:
-        click.echo("\n".join(f"{state:<5} {name:<12} {message}" for name, state, message in findings))
+        table = Table([Column("", WHOLE), Column("", TEXT), Column("", TEXT)], num_keys=2)
+        for name, state, message in findings:
+            table.add((state, STYLES[state]), name, message)
+        print_parts(table)
     if any(state == "FAIL" for _, state, _ in findings):
         ctx.exit(BAD_ITEMS)
 

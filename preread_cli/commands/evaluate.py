@@ -16,8 +16,9 @@ from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, model_argument, model_option
-from preread_cli.terminal import print_some
+from preread_cli.terminal import Progress, print_some
 from preread_edge.outputs import is_stdout, write_output
+from preread_edge.tables import print_parts
 from tuning.config import EvaluationSettings, Limits, MeasuringSettings, SweepSettings
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _inputs(options: Mapping[str, Any], out: Path | None, *, need_qrels: bool = 
     from cache.open import open_store
     from checkpoint.compute import tune_process
     from tuning.evaluate import open_checkpoint
-    from tuning.progress import TerminalProgress
+    from tuning.judged import read_judged
     from tuning.trec import read_run
 
     tune_process(options["threads"])
@@ -190,7 +191,7 @@ def _inputs(options: Mapping[str, Any], out: Path | None, *, need_qrels: bool = 
             "model": open_checkpoint(options["model"], stored, read_control_tokens=options["read_control_tokens"]),
             "device": options["device"],
             "dtype": options["dtype"],
-            "progress": stack.enter_context(TerminalProgress()),
+            "progress": stack.enter_context(Progress()),
         }
 
 
@@ -208,12 +209,12 @@ def _show_sweep(report: SweepReport, limits: Limits, out: Path, model: str | Non
         click.echo(document, nl=False)
     else:
         print_sweep(summary, show_all=options["show_all"])
-    click.echo(f"Report: {out / 'report.html'}", err=as_json)
+    print_parts(f"Report: {out / 'report.html'}", err=as_json)
     config = out / "preread.toml"
     if choice is not None and not choice.broken:
         text = config_toml(summary, choice.row, model, control_tokens=options["read_control_tokens"])
         write_output(config, text)
-        click.echo(f"Configuration: {config}, for preread index --config and preread serve --config", err=as_json)
+        print_parts(f"Configuration: {config}, for preread index --config and preread serve --config", err=as_json)
         return
     config.unlink(missing_ok=True)  # of an earlier run: it would not be this one's choice
     if choice is not None:
@@ -260,7 +261,6 @@ def check(ctx: click.Context, /, model: str, **options: Any) -> None:
     from checkpoint.compute import tune_process
     from decoder_server.config import ModelConfig
     from tuning import health
-    from tuning.progress import TerminalProgress
 
     limit, json_file = options["max_tokens"], options["json_file"]
     config = flags.from_options(ModelConfig, options, checkpoint=model, max_passage_tokens=limit)
@@ -269,7 +269,7 @@ def check(ctx: click.Context, /, model: str, **options: Any) -> None:
     if json_file is not None:  # now, not after minutes
         json_file.parent.mkdir(parents=True, exist_ok=True)
     how = {"against": options["against"], "codec": options["codec"], "ratio": options["compression_ratio"]}
-    with TerminalProgress() as progress:
+    with Progress() as progress:
         report = health.check(config, pairs=pairs, progress=progress, **how)
     _print_report(report, options)
     if not report.passed:

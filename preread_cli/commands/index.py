@@ -19,7 +19,8 @@ from preread_cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED, UNAVAILABLE,
 from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
 from preread_cli.terminal import print_json, print_some, progress_bar
-from preread_edge.outputs import human_bytes, is_stdout
+from preread_edge.outputs import human_bytes, human_seconds, is_stdout
+from preread_edge.tables import Table, print_parts
 
 if TYPE_CHECKING:
     from encoder_worker.indexing import IndexEstimate, IndexReport, Progress
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 FORMATS = ("jsonl", "tsv", "csv", "parquet", "text", "beir")  # of encoder_worker.sources.files; `--help` loads no numpy
 WARN_CLIPPED_SHARE = 0.01
 FEW_TRAINING_STATES = 1000
+ESTIMATE_SECONDS = 3.0  # of encoding, before the time that the input takes is told
 
 
 @click.command()
@@ -110,12 +112,12 @@ def _index(options: dict[str, Any], source: Source, report_file: Path | None) ->
         _show(report, estimate, report_file)
     if failure is not None:
         num_left = report.num_read - report.num_stored - report.num_unchanged - report.num_refused
-        click.echo(f"preread: {num_left:,} passages were read and not stored; run again to go on from here", err=True)
+        print_parts(f"preread: {num_left:,} passages were read and not stored; run again to go on from here", err=True)
         raise failure
     if report.stopped_by is not None:
-        click.echo(f"preread: error: stopped at {report.stopped_by}", err=True)
+        print_parts(f"preread: error: stopped at {report.stopped_by}", err=True)
     if report.interrupted:
-        click.echo("preread: interrupted; run again to go on from here", err=True)
+        print_parts("preread: interrupted; run again to go on from here", err=True)
     stopped = BAD_INPUT if report.stopped_by is not None else BAD_ITEMS if report.num_refused else 0
     return INTERRUPTED if report.interrupted else stopped
 
@@ -127,7 +129,7 @@ def _write(report: IndexReport, file: Path, failure: Exception | None) -> None:
     except OSError as exc:
         if failure is None:
             raise
-        click.echo(f"preread: warning: {file}: the report cannot be written ({exc.strerror})", err=True)
+        print_parts(f"preread: warning: {file}: the report cannot be written ({exc.strerror})", err=True)
 
 
 def _source(options: dict[str, Any]) -> Source:
@@ -147,7 +149,7 @@ def _source(options: dict[str, Any]) -> Source:
         format=options["format"],
         fields=fields,
         max_line_bytes=options["max_line_bytes"],
-        on_columns=lambda columns: click.echo(str(columns), err=True),
+        on_columns=lambda columns: print_parts(str(columns), err=True),
     )
 
 
@@ -160,13 +162,17 @@ def _run(options: dict[str, Any], source: Source, stop: threading.Event, report:
         job = (source, load_encoder(options), store, report.collection, settings, how)
         if options["dry_run"]:
             return indexing.dry_run(*job, stop=stop, report=report)
-        with progress_bar(report.collection, shows_time_left=False) as bar:
+        told = False
+        with progress_bar(report.collection, "passages") as update:
 
             def on_progress(now: Progress) -> None:
-                share = "" if now.fraction is None else f" ({now.fraction:.0%})"
-                left = "" if now.eta_seconds is None else f", {_duration(now.eta_seconds)} left"
-                text = f"{now.num_done:,} passages{share}, {now.passages_per_second:,.1f} passages/s{left}"
-                bar(now.fraction or 0.0, None if now.fraction is None else 1.0, text)
+                nonlocal told
+                if not told and now.eta_seconds is not None and now.seconds >= ESTIMATE_SECONDS:
+                    left = human_seconds(now.eta_seconds)
+                    told = True
+                    print_parts(f"indexing {human_bytes(source.num_bytes or 0)}: about {left} left", err=True)
+                known = {"share": now.fraction, "rate": now.passages_per_second, "seconds_left": now.eta_seconds}
+                update(now.num_done, None, **known)  # how many there are is not known, only of how many bytes
 
             indexing.index(*job, stop=stop, on_progress=on_progress, report=report)
         return None
@@ -198,32 +204,37 @@ def _show(report: IndexReport, estimate: IndexEstimate | None, report_file: Path
     print_some("refused", refused, num_lines=report.num_refused, more=f"; {lists_all}")
     if estimate is not None:
         padding, speed = estimate.num_padding_tokens, f"{estimate.tokens_per_second:,.0f} tokens/s"
-        click.echo(f"would encode     {estimate.num_passages:,} passages; {report.num_unchanged:,} are stored already")
-        click.echo(f"tokens           {estimate.num_tokens:,} and {padding:,} of padding")
-        click.echo(f"in the store     {human_bytes(estimate.size_bytes)} for {estimate.num_states:,} states")
-        if sampled := estimate.num_sample_tokens:
-            click.echo(f"time             {_duration(estimate.seconds)} at {speed}, measured on {sampled:,} tokens")
+        sampled, time = estimate.num_sample_tokens, human_seconds(estimate.seconds)
+        facts = {
+            "would encode": f"{estimate.num_passages:,} passages; {report.num_unchanged:,} are stored already",
+            "tokens": f"{estimate.num_tokens:,} and {padding:,} of padding",
+            "in the store": f"{human_bytes(estimate.size_bytes)} for {estimate.num_states:,} states",
+            "time": f"{time} at {speed}, measured on {sampled:,} tokens" if sampled else "",
+        }
+        print_parts(Table.facts(facts))
     else:
-        click.echo(
+        print_parts(
             f"{report.collection}: {report.num_read:,} read, {report.num_stored:,} stored, "
             f"{report.num_unchanged:,} unchanged, {report.num_refused:,} refused"
         )
         if report.num_stored:
             speed = f"{report.passages_per_second:,.1f} passages/s, {report.tokens_per_second:,.0f} tokens/s"
-            took = f"{report.num_tokens:,} tokens in {_duration(report.seconds)}"
-            click.echo(f"{took}: {speed}, {report.padding_share:.2%} padding")
+            took = f"{report.num_tokens:,} tokens in {human_seconds(report.seconds)}"
+            print_parts(f"{took}: {speed}, {report.padding_share:.2%} padding")
     _show_clipped(report)
     if report.num_truncated:  # with one example: a limit below the usual length would fill the screen
         example = "".join(f" ({_place(item)})" for item in islice(report.truncated, 1))
-        click.echo(f"warning: {report.num_truncated:,} passages are over the token limit and are cut{example}")
-        click.echo(f"         --split reads them whole, in windows; {lists_all}")
+        print_parts(
+            f"warning: {report.num_truncated:,} passages are over the token limit and are cut{example}",
+            f"         --split reads them whole, in windows; {lists_all}",
+        )
     if report.num_split:
-        click.echo(f"{report.num_split:,} passages are over the token limit and are split into windows")
+        print_parts(f"{report.num_split:,} passages are over the token limit and are split into windows")
     if report.alias:
-        click.echo(f"alias {report.alias} -> {report.collection}")
+        print_parts(f"alias {report.alias} -> {report.collection}")
     if report.num_not_in_input:
         absent = "not in this input, or were refused in it" if report.num_refused else "not in this input"
-        click.echo(f"{report.num_not_in_input:,} stored passages are {absent}; they stay")
+        print_parts(f"{report.num_not_in_input:,} stored passages are {absent}; they stay")
 
 
 def _show_clipped(report: IndexReport) -> None:
@@ -234,25 +245,18 @@ def _show_clipped(report: IndexReport) -> None:
         grave = "warning: " if report.clipped_share > WARN_CLIPPED_SHARE else ""
         outside = "passages lie outside what the codec was trained for, and are cut to it"
         share = f"{report.num_clipped:,} numbers ({report.clipped_share:.2%})"
-        click.echo(f"{grave}{share} of {report.num_clipped_passages:,} {outside}")
+        print_parts(f"{grave}{share} of {report.num_clipped_passages:,} {outside}")
     if num_refused := report.refused_by_reason[Reason.OUT_OF_RANGE]:
-        click.echo(
+        print_parts(
             f"warning: {num_refused:,} passages were refused because the codec was trained on others: store them with "
             f"--allow-clipped, and train it on all with `preread collection reencode {report.collection}`; or index "
             "into a new collection with --codec B32,SQ8, which needs no training"
         )
     if 0 < (num_states := report.num_training_states) < FEW_TRAINING_STATES:
         advice = "passages unlike these will be clipped or refused. B32,SQ8 needs no training"
-        click.echo(f"warning: the codec was trained on {num_states:,} states only; {advice}")
+        print_parts(f"warning: the codec was trained on {num_states:,} states only; {advice}")
 
 
 def _place(item: dict[str, Any]) -> str:
     passage = f" (id {item['passage_id']})" if item["passage_id"] is not None else ""
     return f"{item['source']}:{item['line']}{passage}: {item['message']}"
-
-
-def _duration(seconds: float) -> str:
-    """9 -> 9.0 s, 75 -> 1 min 15 s, 4500 -> 1 h 15 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    short = f"{seconds:.1f} s" if seconds < 60 else f"{minutes} min {rest} s"
-    return short if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -35,6 +35,7 @@ from preread_cli.flags import option
 from preread_cli.passages import passage_ids
 from preread_cli.terminal import print_json, print_some, progress_bar
 from preread_edge.outputs import human_bytes, open_output
+from preread_edge.tables import NUMBER, TEXT, WHOLE, Cell, Column, Table, print_parts
 
 if TYPE_CHECKING:
     from encoder_worker.sources import Place
@@ -162,7 +163,7 @@ def _many_queries(client: preread.Client, score: Score, given: Mapping[str, Any]
     done: list[Reranking] = []
     with ExitStack() as stack:
         file = stack.enter_context(open_output(given["output"]))
-        on_progress = stack.enter_context(progress_bar("reranking"))
+        on_progress = stack.enter_context(progress_bar("reranking", "queries"))
         pool = ThreadPoolExecutor(given["concurrency"])  # so many requests in flight, so that the server can batch
         stack.callback(pool.shutdown, cancel_futures=True)
         answers = pool.map(score, queries.values(), [candidates[query_id] for query_id in queries])
@@ -176,16 +177,16 @@ def _many_queries(client: preread.Client, score: Score, given: Mapping[str, Any]
             on_progress(len(done), len(queries))
     summaries = [answer.summary for answer in done]
     if note := next(filter(None, (_fitted(given["stages"], summary) for summary in summaries)), ""):
-        click.echo(note, err=True)
+        print_parts(note, err=True)
     if num_degraded := sum(summary.degraded is not None for summary in summaries):
-        click.echo(f"{num_degraded:,} queries were scored coarser: the server was under pressure", err=True)
+        print_parts(f"{num_degraded:,} queries were scored coarser: the server was under pressure", err=True)
     if num_stopped := sum(summary.stopped_early for summary in summaries):
-        click.echo(f"{num_stopped:,} queries were stopped early by their deadline", err=True)
+        print_parts(f"{num_stopped:,} queries were stopped early by their deadline", err=True)
     num_scored = sum(summary.num_scored for summary in summaries)
     num_bad = sum(len(candidates[query_id]) for query_id in queries) - num_scored
-    click.echo(f"{len(done):,} queries, {num_scored:,} passages scored, {num_bad:,} not scored", err=True)
+    print_parts(f"{len(done):,} queries, {num_scored:,} passages scored, {num_bad:,} not scored", err=True)
     for result in islice((r for answer in done for r in answer if r.margin is None), MAX_SHOWN):
-        click.echo(f"  {result.passage_id}: {result.status} {result.message}", err=True)
+        print_parts(f"  {result.passage_id}: {result.status} {result.message}", err=True)
     return num_bad
 
 
@@ -195,7 +196,8 @@ def _from_run(path: Path, queries: Mapping[str, str], depth: int) -> dict[str, S
     run = read_run(path).run
     missing = [query_id for query_id in run if query_id not in queries]
     if missing:
-        click.echo(f"{path}: {len(missing)} queries have no text and are left out, the first is {missing[0]}", err=True)
+        told = f"{len(missing):,} queries have no text and are left out, the first is {missing[0]}"
+        print_parts(f"{path}: {told}", err=True)
     if len(missing) == len(run):
         raise CommandFailed(f"{path}: holds none of the {len(queries)} queries")
     known = {query_id: ranking[:depth] for query_id, ranking in run.items() if query_id in queries}
@@ -261,16 +263,10 @@ def _fitted(stages: str, summary: Summary) -> str:
 
 def _print_reranking(query: str, answer: Reranking, num_candidates: int, note: str) -> None:
     """The ranking, then candidates that could not be scored, then where the time went, and a note."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(markup=False, emoji=False, highlight=False)  # texts are shown as they are
-    table = Table(box=None, pad_edge=False, header_style="bold")
     staged = any(result.stages for result in answer if result.margin is not None)
-    for heading in ("#", "score", "margin", *(["ratio"] if staged else [])):
-        table.add_column(heading, justify="right")
-    table.add_column("passage")
-    others = []
+    headings = ("#", "score", "margin", *(["ratio"] if staged else []))
+    table = Table([*(Column(heading, NUMBER) for heading in headings), Column("passage", TEXT)], num_keys=len(headings))
+    others: list[Cell] = []
     for rank, result in enumerate(answer, 1):  # those that could not be scored come last
         if result.margin is None:
             others.append(f"not scored: {result.passage_id or result.index}  {result.status}  {result.message}")
@@ -279,11 +275,7 @@ def _print_reranking(query: str, answer: Reranking, num_candidates: int, note: s
         shown = line if len(line) <= MAX_TEXT_CHARACTERS else line[: MAX_TEXT_CHARACTERS - 1] + "…"
         passage = "  ".join(filter(None, (result.passage_id, shown)))
         ratio = [str(result.compression_ratio)] if staged else []
-        table.add_row(str(rank), f"{result.score:.4f}", f"{result.margin:+.2f}", *ratio, passage)
-    console.print(query, style="bold")
-    console.print(table)
-    for other in others:
-        console.print(other)
+        table.add(str(rank), f"{result.score:.4f}", f"{result.margin:+.2f}", *ratio, passage)
     summary, times = answer.summary, answer.summary.timings
     how = f"in {times.total_seconds * 1000:,.0f} ms (compute {times.compute_seconds * 1000:,.0f} ms)"
     if summary.stages:
@@ -291,16 +283,16 @@ def _print_reranking(query: str, answer: Reranking, num_candidates: int, note: s
     elif summary.compression_ratio:
         how += f", scored at ratio {summary.compression_ratio}"
     cut = ", the query was cut" if summary.query_truncated else ""
-    console.print(f"{summary.num_scored} of {num_candidates} scored by {summary.model} {how}{cut}", style="dim")
-    if note:
-        console.print(note, style="yellow")
+    told: list[Cell] = [(f"{summary.num_scored} of {num_candidates} scored by {summary.model} {how}{cut}", "dim")]
+    told += [(note, "yellow")] if note else []
     if summary.degraded is not None:
         requested = format_stages(summary.degraded.stages) or str(summary.degraded.compression_ratio)
         pressure = f"the server was under pressure ({summary.degraded.reason})"
-        console.print(f"scored coarser than {requested}: {pressure}", style="yellow")
+        told.append((f"scored coarser than {requested}: {pressure}", "yellow"))
     if summary.stopped_early:
         late = "the deadline came before the last stage was through: these are the finished scores"
-        console.print(late, style="yellow")
+        told.append((late, "yellow"))
+    print_parts((query, "bold"), table, *others, *told)
 
 
 @click.command()
@@ -323,7 +315,10 @@ def warm(ctx: click.Context, /, **given: Any) -> None:
     options = {name: given[name] for name in ("collection", "instruction", "compression_ratio")}
     warmed = []
     settings = flags.client_settings(given)
-    with preread.Client(flags.addresses(given), options=settings) as client, progress_bar("warming") as on_progress:
+    with (
+        preread.Client(flags.addresses(given), options=settings) as client,
+        progress_bar("warming", "passages") as on_progress,
+    ):
         ids = passage_ids(client, given)
         if not ids:
             raise CommandFailed(f"{given['ids']}: no ids, nothing to warm")
@@ -341,14 +336,16 @@ def warm(ctx: click.Context, /, **given: Any) -> None:
     if given["as_json"]:
         print_json(total | {"missing_ids": missing})
     else:
-        click.echo(f"{total['model']}: {total['num_passages']:,} passages read, {num_windows:,} windows")
+        table = Table([Column("", WHOLE), Column("", TEXT)])
         for tier in tiers:
             flag, num_kept, size = CACHE_FLAGS[tier["name"]], tier["num_kept"], tier["max_bytes"]
             use = f"{human_bytes(tier['num_bytes'])} of {human_bytes(size)} in use"
             kept = f"{num_kept:,} of {num_windows:,} kept; {use}"
-            click.echo(f"{tier['name']:<9} {kept if size else f'off ({flag} is 0)'}")
+            table.add(tier["name"], kept if size else f"off ({flag} is 0)")
             if size and num_kept < num_windows:
-                click.echo(f"          the cache is full: a larger {flag} holds more")
+                table.add("", f"the cache is full: a larger {flag} holds more")
+        read = f"{total['num_passages']:,} passages read, {num_windows:,} windows"
+        print_parts(f"{total['model']}: {read}", table)
         print_some("not stored", missing, MAX_SHOWN, err=True)
     if missing:
         ctx.exit(BAD_ITEMS)

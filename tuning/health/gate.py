@@ -106,7 +106,7 @@ class _Check:
         return margins
 
     def score(self, stage: str, scorer: Scorer | PlainModel) -> Margins:
-        with counted(self.progress, stage, len(self.pairs)) as advance:
+        with counted(self.progress, stage, len(self.pairs), "pairs") as advance:
             return scorer.margins(self.pairs.pairs, advance)
 
     def compare(
@@ -254,7 +254,7 @@ def _check_fbnl(check: _Check, served: FbnlScorer, codec: str, *, every_format: 
 def _compare_states(check: _Check, served: FbnlScorer, codec: str, margins: Margins) -> None:
     """States that were stored, cached or pooled, against those encoded on demand, recomputed or unpooled."""
     texts, ratio = check.pairs.pairs, served.ratio
-    with counted(check.progress, "stored, cached and pooled", 5 * len(texts)) as advance:
+    with counted(check.progress, "stored, cached and pooled", 5 * len(texts), "pairs") as advance:
         on_demand, unpooled = served.states(texts), served.states(texts, 1)
         read = served.stored(on_demand, codec)
         stored = served.score(texts, read, advance)

@@ -68,7 +68,7 @@ def parity(
     for dtype in dtypes:
         both = []
         for side, path, causal in (("original", source.files.directory, True), ("converted", converted, False)):
-            with counted(progress, f"{side} {dtype}", len(pairs)) as advance:
+            with counted(progress, f"{side} {dtype}", len(pairs), "pairs") as advance:
                 kind = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
                 model = load_transformer(path, DTYPES[dtype], torch.device("cpu"), kind=kind)
                 margins = np.empty(len(pairs), dtype=np.float32)

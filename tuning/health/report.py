@@ -7,14 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from rich.console import Console, Group
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+from preread_edge.tables import LINE, NUMBER, TEXT, WHOLE, Cell, Column, Table, print_parts
 
 _FORMAT_VERSION = 1
-_MIN_WIDTH = 80
-_MAX_CELLS = 52  # of two texts next to their margins; a Korean character takes two
 
 
 class Verdict(enum.Enum):
@@ -108,48 +103,37 @@ class HealthReport:
         }
         return json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
-    def print(self, console: Console | None = None) -> None:
-        """Title, lines by section, causes, farthest pairs and verdict; to standard output by default."""
-        console = console or Console()
-        parts: list[Any] = [
-            Text(f"{self.model} ({self.backend}: {self.served})", style="bold"),
-            Text(f"{self.num_pairs} pairs ({self.pairs}) against {self.against}, {self.seconds:.0f} s"),
+    def print(self, *, err: bool = False) -> None:
+        """Title, lines by section, causes, farthest pairs and verdict, on standard output or standard error."""
+        parts: list[Cell | Table] = [
+            (f"{self.model} ({self.backend}: {self.served})", "bold"),
+            f"{self.num_pairs} pairs ({self.pairs}) against {self.against}, {self.seconds:.0f} s",
         ]
         for section in self.sections:
-            parts += [Text(f"\n{section.title}", style="bold"), _table(section)]
+            parts += [(f"\n{section.title}", "bold"), _table(section)]
         if self.farthest:
-            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
-            for heading in ("margin", "expected"):
-                table.add_column(heading, justify="right", no_wrap=True, min_width=8)
-            table.add_column("query / passage", no_wrap=True)
+            table = Table([Column("margin"), Column("expected"), Column("query", LINE), Column("passage", LINE)], 2, 2)
             for pair in self.farthest:
-                query, passage = (Text(" ".join(pair[name].split())) for name in ("query", "passage"))
-                # Cut by the cells that a text takes on a terminal, not by its characters.
-                query.truncate(_MAX_CELLS // 2, overflow="ellipsis")
-                passage.truncate(_MAX_CELLS - 3 - _MAX_CELLS // 2, overflow="ellipsis")
-                table.add_row(f"{pair['margin']:+.3f}", f"{pair['expected']:+.3f}", query + Text(" / ") + passage)
-            parts += [Text("\nfarthest apart", style="bold"), table]
+                texts = (" ".join(pair[name].split()) for name in ("query", "passage"))
+                table.add(f"{pair['margin']:+.3f}", f"{pair['expected']:+.3f}", *texts)
+            parts += [("\nfarthest apart", "bold"), table]
         if self.notes:
-            parts += [Text(), *(Text(f"Note: {note}.") for note in self.notes)]
+            parts += ["", *(f"Note: {note}." for note in self.notes)]
         if self.causes:
-            parts.append(Text(f"\nlikely cause{'s' * (len(self.causes) > 1)}", style="bold"))
-            parts += [Padding(Text(cause), (0, 0, 0, 2)) for cause in self.causes]
-        parts.append(Text("\npassed", style="bold green") if self.passed else Text("\nFAILED", style="bold red"))
-        console.print(Group(*parts), width=max(console.width, _MIN_WIDTH))
+            parts.append((f"\nlikely cause{'s' * (len(self.causes) > 1)}", "bold"))
+            parts += [f"  {cause}" for cause in self.causes]
+        parts.append(("\npassed", "bold green") if self.passed else ("\nFAILED", "bold red"))
+        print_parts(*parts, err=err)
 
 
 _STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.SKIP: "dim", Verdict.NOTE: "dim"}
 
 
 def _table(section: Section) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(min_width=24, no_wrap=True)
-    table.add_column(min_width=4, no_wrap=True)
-    table.add_column(min_width=9, justify="right", no_wrap=True)
-    table.add_column(overflow="fold")
+    columns = (Column("", TEXT, 22), Column("", WHOLE, 4), Column("", NUMBER, 9), Column("", TEXT))
+    table = Table(columns, indent=2)
     for line in section.lines:
         value = "" if line.value is None else f"{line.value:{'.3g' if abs(line.value) < 0.1 else '.3f'}}"
-        state = Text(line.state.value, style=_STYLES[line.state])
         told = "; ".join(filter(None, (line.expected, line.detail)))
-        table.add_row(Text(f"  {line.name}"), state, Text(value), Text(told))
+        table.add(line.name, (line.state.value, _STYLES[line.state]), value, told)
     return table

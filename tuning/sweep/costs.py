@@ -123,7 +123,7 @@ class CostTimer:
         pools = {(one.stored_ratio, ratio) for one in configurations for ratio in one.reading.ratios}
         self._pool = {key: np.zeros(num_samples) for key in sorted(pools)}
         num_parts = len(self._pool) + len(self._decoder)
-        advance = progress.begin("time (reranks)", num_samples * (len(keys) + num_parts))
+        advance = progress.begin("time", num_samples * (len(keys) + num_parts), "reranks")
         query, ratio = self._queries[0], 4 * self._states.ratio
         for _ in range(2):  # the first passes pay for memory and kernels
             pairs = [(query.prompt, self._states.states(p).at_ratio(ratio)) for p in query.passage_ids]

@@ -114,6 +114,11 @@ class Codecs:
         return _TrainedCodec(codec, seconds, num_sample)
 
 
+def _prefix(unit: Configuration) -> str:
+    """Of the names of its margins in the work directory."""
+    return f"r{unit.stored_ratio}-{unit.codec}/{unit.reading}-"
+
+
 class Margins:
     """Flat margins (num_pairs,) by unit; NaN where a candidate has no states or its margin is not finite."""
 
@@ -124,17 +129,19 @@ class Margins:
         self._chunks = [pairs.rows(ids) for ids in states.chunk_ids(list(pairs.places))]
 
     def reference(self, backend: Backend, progress: StageProgress = SILENT) -> NDArray[np.float32]:
-        advance, ratio = progress.begin("reference (pairs)", self.pairs.num), self.states.ratio
-        (flat,) = self._score(backend, {"reference/": ratio}, ratio, None, advance)
+        ratio, name = self.states.ratio, "reference/"
+        advance = progress.begin("reference", self.pairs.num, "pairs", kept=self._num_kept([name]))
+        (flat,) = self._score(backend, {name: ratio}, ratio, None, advance)
         return flat
 
     def fill(
         self, backend: Backend, units: Sequence[Configuration], codecs: Codecs, progress: StageProgress = SILENT
     ) -> None:
         """Computes each unit, but those whose codec is left out. Raises as `Codecs.leave_out`."""
-        advance = progress.begin("score (pairs)", self.pairs.num * len(units))
+        total = self.pairs.num * len(units)
+        advance = progress.begin("score", total, "pairs", kept=self._num_kept(map(_prefix, units)))
         for (ratio, factory), grouped in groupby(units, key=attrgetter("stored_as")):
-            own = {f"r{ratio}-{factory}/{unit.reading}-": unit for unit in grouped}
+            own = {_prefix(unit): unit for unit in grouped}
             if (trained := codecs.get(ratio, factory)) is None:
                 advance(self.pairs.num * len(own))
                 continue
@@ -145,6 +152,15 @@ class Margins:
                 codecs.leave_out(ratio, factory, str(exc))
                 continue
             self.values |= zip(own.values(), flats, strict=True)
+
+    def num_kept(self, units: Iterable[Configuration]) -> int:
+        """Scores of the reference and of these units that an earlier run left."""
+        return self._num_kept(["reference/", *map(_prefix, units)])
+
+    def _num_kept(self, prefixes: Iterable[str]) -> int:
+        sizes = [len(rows) for rows in self._chunks]
+        names = ((f"margins/{prefix}{number:04}", size) for prefix in prefixes for number, size in enumerate(sizes))
+        return sum(size for name, size in names if self._work.has(name))
 
     def _score(
         self, backend: Backend, read: Mapping[str, int], ratio: int, trained: _TrainedCodec | None, advance: Advance
@@ -158,7 +174,6 @@ class Margins:
                 kept = self._work.load(name)
                 if kept is not None and kept["margins"].shape == (len(rows),):
                     margins = kept["margins"]
-                    advance(len(rows))
                 else:
                     if states is None:
                         states = {p: self.states.states(p).at_ratio(ratio) for p in dict.fromkeys(p for p, *_ in rows)}
@@ -205,7 +220,7 @@ class Judgements:
         """The first stage, the reference, and every configuration whose margins are there, against the reference."""
         pairs = margins.pairs
         measured = [one for one in configurations if all(unit in margins.values for unit in one.units())]
-        advance = progress.begin("measure (configurations)", len(measured) + 2)
+        advance = progress.begin("measure", len(measured) + 2, "rankings")
         readings = [(Reading((Stage(1),)), [reference])]
         readings += [(one.reading, [margins.values[unit] for unit in one.units()]) for one in measured]
         runs = [first]

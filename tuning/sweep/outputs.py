@@ -5,17 +5,15 @@ from dataclasses import asdict
 from textwrap import fill
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
+from preread_edge.tables import TEXT, WHOLE, Column, Table, print_parts
 from tuning.metrics import HEADLINE, Quality
-from tuning.report import format_json, plain_table, print_parts
+from tuning.report import format_json
 from tuning.sweep.margins import AUC, TAU
 from tuning.sweep.report import SweepReport, SweepRow
 from tuning.sweep.summary import SweepSummary
 
 _FORMAT_VERSION = 1
-_MIN_WIDTH = 120
+_COMMENT_WIDTH = 120
 _SMALL, _FAST, _CHOSEN = "●", "◆", "▶"
 
 
@@ -73,7 +71,6 @@ def print_sweep(summary: SweepSummary, *, show_all: bool = False) -> None:
     shown = [one for one in report.marked if show_all or any(one[1:]) or one[0] is chosen]
     left = len(report.rows) - len(shown)
     print_parts(
-        _MIN_WIDTH,
         _table(report, shown, chosen),
         f"{_SMALL} {_FAST}: no other is as small ({_SMALL}) or as fast ({_FAST}) and better in {HEADLINE}. "
         f"▲ ▼: the paired difference from {finest} excludes 0 "
@@ -95,7 +92,7 @@ def config_toml(summary: SweepSummary, row: SweepRow, model: str | None = None, 
     """
     one, split = row.configuration, summary.report.settings.split
     told = (f"{one.name}: chosen by preread tune.", *summary.sentences)
-    head = "\n".join(fill(line, _MIN_WIDTH, initial_indent="# ", subsequent_indent="#   ") for line in told)
+    head = "\n".join(fill(line, _COMMENT_WIDTH, initial_indent="# ", subsequent_indent="#   ") for line in told)
     index = {"compression-ratio": one.stored_ratio, "codec": one.codec, **({"split": True} if split else {})}
     reading = one.reading
     serve = {"stages": str(reading)} if reading.is_cascade else {"read-ratio": reading.ratios[0]}
@@ -110,10 +107,11 @@ def config_toml(summary: SweepSummary, row: SweepRow, model: str | None = None, 
 def _table(report: SweepReport, shown: list[tuple[SweepRow, bool, bool]], chosen: SweepRow | None) -> Table:
     overlap, finest = report.settings.overlap_name, str(report.reference_ratio)
     compared = (f"against r = {finest}", "MRR@10", "tau", f"top-{report.settings.overlap_k}", "AUC")
-    columns = ("", "stored", "codec", "read", HEADLINE, *compared, "bytes", "p50 ms", "p99 ms")
-    table = plain_table(*columns, left=["codec"])
-    table.add_row("", "", report.first_stage_name[:8], "", *_quality(report.first_stage, overlap), "", "", "")
-    table.add_row("", finest, "none", finest, *_quality(report.reference, overlap), "", "", "")
+    keys = (Column("", WHOLE), Column("stored"), Column("codec", TEXT), Column("read"))
+    numbers = map(Column, (HEADLINE, *compared, "bytes", "p50 ms", "p99 ms"))
+    table = Table([*keys, *numbers], num_keys=len(keys))
+    table.add("", "", report.first_stage_name, "", *_quality(report.first_stage, overlap), "", "", "")
+    table.add("", finest, "none", finest, *_quality(report.reference, overlap), "", "", "")
     for row, small, fast in sorted(shown, key=lambda one: one[0].size.bytes_per_passage):
         one, is_chosen = row.configuration, row is chosen
         marks = "".join(mark if on else " " for on, mark in ((is_chosen, _CHOSEN), (small, _SMALL), (fast, _FAST)))
@@ -121,15 +119,15 @@ def _table(report: SweepReport, shown: list[tuple[SweepRow, bool, bool]], chosen
         if row.timing is not None:
             times = [f"{seconds * 1000:,.1f}" for seconds in (row.timing.p50_seconds, row.timing.p99_seconds)]
         cells = (marks, str(one.stored_ratio), one.codec, str(one.reading), *_quality(row.quality, overlap))
-        table.add_row(*cells, f"{row.size.bytes_per_passage:,.0f}", *times, style="bold" if is_chosen else None)
+        table.add(*cells, f"{row.size.bytes_per_passage:,.0f}", *times, style="bold" if is_chosen else "")
     return table
 
 
-def _quality(quality: Quality, overlap: str) -> list[str | Text]:
+def _quality(quality: Quality, overlap: str) -> list[str]:
     mark = quality.change[HEADLINE].mark if quality.change is not None else " "
     others = [quality.measures.get(name) for name in ("MRR@10", TAU, overlap, AUC)]
     return [
-        Text(str(quality.measures[HEADLINE])),
+        str(quality.measures[HEADLINE]),
         f"{quality.change_words} {mark}" if quality.share is not None else "",
         *(f"{one.mean:.3f}" if one is not None else "–" for one in others),
     ]

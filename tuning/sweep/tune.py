@@ -20,9 +20,11 @@ from cache.record import Record
 from cache.states import text_digest
 from checkpoint import Checkpoint
 from checkpoint.compute import hardware
+from decoder_server.models.backend import Prompt
 from decoder_server.models.fbnl.backend import FbnlBackend
 from tuning import EvaluationError
 from tuning.config import SweepSettings
+from tuning.estimate import Pace, estimated
 from tuning.evaluate import Experiment
 from tuning.judged import JudgedCollection
 from tuning.metrics import Quality
@@ -103,10 +105,16 @@ class _Sweep(Experiment):
         }
 
     @cached_property
+    def _spilled(self) -> SpilledStates:
+        """Those of `states` that are there already."""
+        ratio = self.from_states.manifest.compression_ratio if self.from_states is not None else 1
+        return SpilledStates(self.work.path, ratio, self.checkpoint.dim)
+
+    @cached_property
     def states(self) -> SpilledStates:
         """Every candidate's states, on disk."""
+        states = self._spilled
         source = self.source(self.from_states, 1, _SPILL_CHUNK_BYTES)
-        states = SpilledStates(self.work.path, source.ratio, self.checkpoint.dim)
         states.fill(source, list(self.pairs.places), self.progress)
         if not states.passage_ids:
             raise EvaluationError("no candidate has states: none of their passages has a text that can be read")
@@ -117,14 +125,41 @@ class _Sweep(Experiment):
         return Codecs(self.states, self.work, self.settings.few_samples, self.settings.seed)
 
     @cached_property
-    def margins(self) -> Margins:
+    def prompts(self) -> dict[str, Prompt]:
+        """By query id, of queries with their candidates."""
         prompt, queries = self.backend.prompt, self.judged.queries
-        prompts = {q: prompt(queries[q], self.settings.instruction) for q in self.pairs.candidates}
-        return Margins(self.work, self.states, self.pairs, prompts)
+        return {q: prompt(queries[q], self.settings.instruction) for q in self.pairs.candidates}
+
+    @cached_property
+    def margins(self) -> Margins:
+        return Margins(self.work, self.states, self.pairs, self.prompts)
+
+    def plan(self) -> str:
+        """What is going to be done, what an earlier run left, and about how long the rest takes."""
+        settings, pairs, spilled = self.settings, self.pairs, self._spilled
+        configurations = grid(settings)
+        units, present = units_of(configurations), set(spilled.passage_ids)
+        ratios = [spilled.ratio, *(unit.reading.ratios[0] for unit in units)]  # the reference's first
+        num_kept, num_scores = self.margins.num_kept(units) if spilled.complete else 0, pairs.num * len(ratios)
+        work = f"{len(pairs.candidates):,} queries with {pairs.num:,} candidates, {len(pairs.places):,} passages"
+        plan = f"Measuring {len(configurations):,} configurations on {work}: {num_scores:,} scores"
+        plan += f", of which {num_kept:,} are kept from an earlier run" if num_kept else ""
+        pace = Pace.measure(self.source(self.from_states, 1), self.backend, self.prompts, pairs, ratios)
+        if pace is None:
+            return f"{plan}."
+        num_timed = min(settings.timed_queries, len(pairs.candidates)) * settings.rounds
+        num_read = max(1, round(pairs.num / max(1, len(pairs.candidates))))  # of a query's candidates
+        readings = {one.reading for one in configurations}
+        stages = [stage for one in readings for stage in zip(one.ratios, one.num_read(num_read), strict=True)]
+        encode = 0.0 if spilled.complete else pace.reading(p for p in pairs.places if p not in present)
+        score = sum(pace.scoring(ratio, pairs.num) for ratio in ratios) * (1 - num_kept / num_scores)
+        rerank = num_timed * sum(pace.scoring(ratio, count) for ratio, count in stages)
+        return f"{plan}; {estimated(encode=encode, score=score, time=rerank)}."
 
     def report(self) -> SweepReport:
         """The reference's margins, those of every unit, quality, costs."""
         settings, judged, (name, first) = self.settings, self.judged, self.first_stage
+        self.progress.tell(self.plan)
         exact = self.backend
         if exact.dtype_name != "float32":
             exact = FbnlBackend(self.checkpoint, device=self.device, dtype="float32")
@@ -162,7 +197,8 @@ class _Sweep(Experiment):
         """Tokens of every window of every passage, from stored records or by tokenizing texts; nothing is encoded."""
         stored, found = self.from_states, list[tuple[int, ...]]()
         texts = list(self.judged.passages.values())
-        advance = self.progress.begin("count (passages)", len(texts) if stored is None else stored.stats().num_passages)
+        total = len(texts) if stored is None else stored.stats().num_passages
+        advance = self.progress.begin("count", total, "passages")
         for start in range(0, len(texts), _COUNT_BATCH):
             part = texts[start : start + _COUNT_BATCH]
             tokenized = self.encoder.tokenize(part, split=self.settings.split)

@@ -63,6 +63,9 @@ class WorkDir:
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return None
 
+    def has(self, name: str) -> bool:
+        return self._path(name).exists()
+
     def _path(self, name: str) -> Path:
         """Commas and brackets of a codec's factory string become code points, so that names stay distinct."""
         return self.path / ("".join(c if c.isalnum() or c in "-_/" else f"~{ord(c):x}" for c in name) + ".npz")
@@ -112,6 +115,11 @@ class SpilledStates:
     def passage_ids(self) -> list[str]:
         """In file order."""
         return list(self._extents)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that the source gave is here."""
+        return self._complete
 
     def fill(self, source: StateSource, passage_ids: Sequence[str], progress: StageProgress = SILENT) -> None:
         """Takes states that are missing here from the source, a chunk at a time. Does nothing where it is complete."""
