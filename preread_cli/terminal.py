@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 FIRST_LINE_SECONDS, LINE_SECONDS = 10.0, 30.0  # where standard error is no terminal: the first line, and one each ...
-_MIN_BAR, _MAX_BAR = 8, 40  # columns
+_MIN_NAME, _MIN_BAR, _MAX_BAR = 12, 8, 40  # columns of the terminal
 
 
 @contextmanager
@@ -113,7 +113,7 @@ class _Stage:
     @property
     def rate(self) -> float:
         """A second, since the stage began: stages that alternate stand still for minutes."""
-        seconds = max(1e-9, time.monotonic() - self.begun if self._seconds is None else self._seconds)
+        seconds = max(1e-3, time.monotonic() - self.begun if self._seconds is None else self._seconds)
         return self._known.get("rate") or (self.done - self.kept) / seconds
 
     @property
@@ -128,12 +128,12 @@ class _Stage:
         count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
         share, rate, left = self.share, self.rate, self.seconds_left
         time_told = f"{human_seconds(left)} left" if left is not None else ""
-        if self._seconds is not None:
-            time_told = f"in {human_seconds(self._seconds)}"
+        if self.total is not None and self.done >= self.total:
+            time_told = "by an earlier run" if self.kept >= self.total else f"in {human_seconds(self._seconds or 0.0)}"
         return {
             "count": f"{count} {self.unit}",
             "share": f"{share:.0%}" if share is not None else "",
-            "rate": f"{rate:,.1f}/s" if rate >= 1 or not rate else f"{rate:.2g}/s",
+            "rate": (f"{rate:,.1f}/s" if rate >= 1 else f"{rate:.2g}/s") if rate else "",
             "time": time_told,
         }
 
@@ -142,18 +142,19 @@ class _Stage:
         return f"{self.name}: {', '.join(filter(None, self._texts.values()))}"
 
     def bar(self, name_width: int, width: int, *, ascii_only: bool) -> Text:
-        """As much as fits, the time left in any case: the rate goes first, then the bar, the count, the name's end."""
+        """As much as fits, the time left in any case: the rate goes first, then the bar, the name's end, the count."""
         from rich.text import Text
 
         texts, share = {name: text for name, text in self._texts.items() if text}, self.share
-        for dropped in ((), ("rate",), ("rate", "bar"), ("rate", "bar", "count")):
+        for num_dropped in range(4):
+            dropped = ("rate", "bar", "count")[:num_dropped]
             shown = [text for name, text in texts.items() if name not in dropped]
             room = width - sum(2 + len(text) for text in shown)
             has_bar = share is not None and "bar" not in dropped
-            if room >= name_width + (2 + _MIN_BAR if has_bar else 0):
+            name = name_width if num_dropped < 2 else min(name_width, _MIN_NAME)
+            if room >= name + (2 + _MIN_BAR) * has_bar:
                 break
-        else:
-            has_bar, name_width = False, max(0, room)
+        name_width = max(0, min(name_width, room))
         line = Text(f"{self.name:<{name_width}}")
         line.truncate(name_width, overflow="ellipsis")
         if has_bar and share is not None:

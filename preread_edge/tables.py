@@ -136,6 +136,8 @@ class Table:
             longest = max(map(len, labels))
             for column, label, cell in zip(self.columns[self.num_keys :], labels, cells[self.num_keys :], strict=True):
                 head, room = f"{_GAP}{label:<{longest}}{_GAP if label else ''}", width - len(_GAP)
+                cell = cell.copy()
+                cell.rstrip()
                 if not cell:
                     continue
                 if len(head) + cell.cell_len <= width:

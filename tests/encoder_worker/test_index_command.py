@@ -219,7 +219,7 @@ def test_standard_input_cut_passages_and_an_alias(
 def test_a_dry_run_leaves_no_trace(tmp_path: Path, run_index: RunIndex, jsonl: Callable[[list[str]], Path]) -> None:
     code, out, err = run_index(jsonl(["first", "second"]), "-c", "docs", "--dry-run")
     assert code == 0, err
-    assert "would encode     2 passages" in out
+    assert "would encode  2 passages" in out
     assert "tokens/s" in out
     assert not (tmp_path / "store").exists()
 
