@@ -127,7 +127,7 @@ class _Stage:
         """By name, in the order they are shown."""
         count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
         share, rate, left = self.share, self.rate, self.seconds_left
-        time_told = f"{human_seconds(left)} left" if left is not None else ""
+        time_told = f"{human_seconds(left)} left" if left is not None and share != 1.0 else ""
         if self.total is not None and self.done >= self.total:
             time_told = "by an earlier run" if self.kept >= self.total else f"in {human_seconds(self._seconds or 0.0)}"
         return {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _GAP = "  "
-_MIN_TEXT, _MAX_WORD = 12, 24  # of a column of texts; a word with a digit in it is not broken, up to so many columns
+_MIN_TEXT, _MAX_WORD = 20, 24  # of a column of texts; a word with a digit in it is not broken, up to so many columns
 _NO_SIZE = 80  # columns of a terminal that does not tell
 
 Cell = str | tuple[str, str]  # a text, or a text and its style
@@ -126,28 +126,21 @@ class Table:
 
     def _blocks(self, width: int) -> Iterator[Text]:
         """The keys on a line, under it every other cell next to its column's name."""
+        others = self.columns[self.num_keys :]
+        longest = max(len(column.name) for column in others)
         for number, (cells, _) in enumerate(self.rows):
-            if number:
+            if number and longest:
                 yield _text("")
-            named = zip(self.columns[: self.num_keys], cells, strict=False)
-            keys = [f"{one.name} {cell}" if self.num_keys > 1 else str(cell) for one, cell in named if cell]
-            yield from paragraph((_GAP.join(keys).strip(), "bold"), width)
-            labels = [column.name for column in self.columns[self.num_keys :]]
-            longest = max(map(len, labels))
-            for column, label, cell in zip(self.columns[self.num_keys :], labels, cells[self.num_keys :], strict=True):
-                head, room = f"{_GAP}{label:<{longest}}{_GAP if label else ''}", width - len(_GAP)
-                cell = cell.copy()
-                cell.rstrip()
-                if not cell:
-                    continue
-                if len(head) + cell.cell_len <= width:
-                    yield _text(head) + cell
-                    continue
-                if label:
-                    yield _text(_GAP + label)
-                kept = Column(kind=WHOLE if column.kind is NUMBER else column.kind)
-                for line in _row([cell], [kept], [max(room, cell.cell_len) if kept.kind is WHOLE else room]):
-                    yield _text(_GAP) + line
+            keys = [
+                (column.name, cell) for column, cell in zip(self.columns, cells[: self.num_keys], strict=False) if cell
+            ]
+            names = [f"{name} " if name and self.num_keys > 1 else "" for name, _ in keys]
+            title = _text(_GAP).join(_text(name) + cell for name, (_, cell) in zip(names, keys, strict=True))
+            title.stylize_before("bold")
+            yield from _wrapped(title, width)
+            for column, cell in zip(others, cells[self.num_keys :], strict=True):
+                if cell.plain.strip():
+                    yield from _fact(column, cell, longest, width)
 
 
 def print_parts(*parts: Cell | Table, err: bool = False) -> None:
@@ -199,6 +192,22 @@ def _wrapped(text: Text, width: int) -> list[Text]:
     for line in lines:
         line.rstrip()
     return lines
+
+
+def _fact(column: Column, cell: Text, name_width: int, width: int) -> Iterator[Text]:
+    """A cell of a block, next to its column's name or, where that is too wide, under it."""
+    cell = cell.copy()
+    cell.rstrip()
+    name = f"{_GAP}{column.name:<{name_width}}{_GAP if name_width else ''}"
+    if len(name) + cell.cell_len <= width:
+        yield _text(name) + cell
+        return
+    if column.name:
+        yield _text(_GAP + column.name)
+    kind = column.kind if column.kind in (TEXT, LINE) else WHOLE
+    room = width - len(_GAP) if kind is not WHOLE else cell.cell_len
+    for line in _row([cell], [Column(kind=kind)], [room]):
+        yield _text(_GAP) + line
 
 
 def _row(cells: Sequence[Text], columns: Sequence[Column], widths: Sequence[int]) -> Iterator[Text]:

@@ -131,7 +131,7 @@ _STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.SKIP: "dim",
 
 def _table(section: Section) -> Table:
     columns = (Column("", TEXT, 22), Column("", WHOLE, 4), Column("", NUMBER, 9), Column("", TEXT))
-    table = Table(columns, indent=2)
+    table = Table(columns, num_keys=3, indent=2)
     for line in section.lines:
         value = "" if line.value is None else f"{line.value:{'.3g' if abs(line.value) < 0.1 else '.3f'}}"
         told = "; ".join(filter(None, (line.expected, line.detail)))
