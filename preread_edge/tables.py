@@ -131,11 +131,11 @@ class Table:
         for number, (cells, _) in enumerate(self.rows):
             if number and longest:
                 yield _text("")
-            keys = [
-                (column.name, cell) for column, cell in zip(self.columns, cells[: self.num_keys], strict=False) if cell
-            ]
-            names = [f"{name} " if name and self.num_keys > 1 else "" for name, _ in keys]
-            title = _text(_GAP).join(_text(name) + cell for name, (_, cell) in zip(names, keys, strict=True))
+            keys = []
+            for column, cell in zip(self.columns, cells[: self.num_keys], strict=False):
+                name = f"{column.name} " if column.name and self.num_keys > 1 else ""
+                keys += [_text(name) + cell] if cell.plain.strip() else []
+            title = _text(_GAP).join(keys)
             title.stylize_before("bold")
             yield from _wrapped(title, width)
             for column, cell in zip(others, cells[self.num_keys :], strict=True):
