@@ -14,6 +14,7 @@ import click
 
 from cache.errors import CacheError, CollectionGone, StoreDamaged, StoreFull, StoreLocked, StoreUnavailable
 from preread.errors import PrereadError
+from preread_edge.tables import print_parts
 
 BAD_ITEMS = 1
 BAD_INPUT = 2
@@ -59,7 +60,10 @@ class CommandFailed(click.ClickException):
         return cls(f"unexpected {type(error).__name__}: {text}{hint}", INTERNAL)
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"preread: error: {self.format_message()}", file=file, err=file is None)
+        if file is None:
+            print_parts(f"preread: error: {self.format_message()}", err=True)
+        else:
+            click.echo(f"preread: error: {self.format_message()}", file=file)
 
 
 def _told(error: PrereadError, text: str) -> str:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import IO, TYPE_CHECKING
 
+import click
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -73,7 +75,10 @@ class Table:
         return table
 
     def add(self, *cells: Cell, style: str = "") -> None:
-        self.rows.append(([_text(cell) for cell in cells], style))
+        texts = [_text(cell) for cell in cells]
+        for text in texts:
+            text.plain = re.sub(r"\s", " ", text.plain)  # a line break would end the row
+        self.rows.append((texts, style))
 
     def lines(self, width: int | None) -> Iterator[Text]:
         """The table on a terminal of `width` columns; None: as wide as it is."""
@@ -112,7 +117,7 @@ class Table:
     def _table(self, numbers: list[int], width: int | None) -> Iterator[Text]:
         widths = [self._natural(i) for i in numbers]
         least = [self.columns[i].least(self._cells(i), natural) for i, natural in zip(numbers, widths, strict=True)]
-        room = sum(widths) if width is None else width - len(_GAP) * (len(widths) - 1)
+        room = sum(widths) if width is None else max(sum(least), width - len(_GAP) * (len(widths) - 1))
         while sum(widths) > room:  # the widest that can gives way
             at = max((at for at, one in enumerate(widths) if one > least[at]), key=widths.__getitem__)
             widths[at] -= 1
@@ -153,13 +158,13 @@ def print_parts(*parts: Cell | Table, err: bool = False) -> None:
         for part in parts:
             for line in part.lines(width) if isinstance(part, Table) else paragraph(part, width):
                 console.print(line, soft_wrap=True)
-    stream.write(captured.get())
-    stream.flush()
+    click.echo(captured.get(), nl=False, err=err)  # it knows streams that claim to take ASCII only
 
 
 def paragraph(text: Cell, width: int | None) -> Iterator[Text]:
     """Its lines, each wrapped between words, and indented as it begins."""
     whole = _text(text)
+    whole.expand_tabs(8)
     for line in whole.split("\n", allow_blank=True):
         indent = len(line.plain) - len(line.plain.lstrip(" "))
         if width is None or line.cell_len <= width:

@@ -5,7 +5,6 @@ report.baseline.measures["nDCG@10"].mean, report.reranked(4).measures["nDCG@10"]
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -106,7 +105,7 @@ def evaluate(
     judged, (name, first), ratios = one.judged, one.first_stage, settings.ratios or ()
     runs: list[tuple[str, int | None, Run]] = [(name, None, first)]
     source = one.source(stored, math.gcd(*ratios))
-    progress.tell(lambda: _plan(one, source, ratios))
+    progress.tell(lambda: _plan(one, settings, source))
     if settings.teacher is not None:
         taught = teacher_run(settings.teacher, judged, first, device=device, progress=progress)
         runs.append((TEACHERS[settings.teacher], None, taught))
@@ -132,12 +131,15 @@ def evaluate(
     )
 
 
-def _plan(one: Experiment, source: StateSource, ratios: Sequence[int]) -> str:
+def _plan(one: Experiment, settings: EvaluationSettings, source: StateSource) -> str:
     """What is going to be done, and about how long it takes."""
+    ratios = settings.ratios or ()
     pairs = Pairs(one.first_stage[1])
-    prompts = {q: one.backend.prompt(one.judged.queries[q], one.settings.instruction) for q in pairs.candidates}
+    prompts = {q: one.backend.prompt(one.judged.queries[q], settings.instruction) for q in pairs.candidates}
     work = f"{len(pairs.candidates):,} queries with {pairs.num:,} candidates, {len(pairs.places):,} passages"
     plan = f"Reranking {work}, at {len(ratios)} ratio{'s' * (len(ratios) != 1)}"
+    if (teacher := settings.teacher) is not None:
+        plan += f", and by {TEACHERS[teacher]}, whose time is not counted here"
     if (pace := Pace.measure(source, one.backend, prompts, pairs, ratios)) is None:
         return f"{plan}."
     scoring = sum(pace.scoring(ratio, pairs.num) for ratio in ratios)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -34,7 +35,7 @@ from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
 from preread_cli.flags import option
 from preread_cli.passages import passage_ids
 from preread_cli.terminal import print_json, print_some, progress_bar
-from preread_edge.outputs import human_bytes, open_output
+from preread_edge.outputs import human_bytes, is_stdout, open_output
 from preread_edge.tables import NUMBER, TEXT, WHOLE, Cell, Column, Table, print_parts
 
 if TYPE_CHECKING:
@@ -163,7 +164,8 @@ def _many_queries(client: preread.Client, score: Score, given: Mapping[str, Any]
     done: list[Reranking] = []
     with ExitStack() as stack:
         file = stack.enter_context(open_output(given["output"]))
-        on_progress = stack.enter_context(progress_bar("reranking", "queries"))
+        mixed = is_stdout(given["output"]) and sys.stdout.isatty()  # a bar would run into the rows
+        on_progress = None if mixed else stack.enter_context(progress_bar("reranking", "queries"))
         pool = ThreadPoolExecutor(given["concurrency"])  # so many requests in flight, so that the server can batch
         stack.callback(pool.shutdown, cancel_futures=True)
         answers = pool.map(score, queries.values(), [candidates[query_id] for query_id in queries])
@@ -174,7 +176,8 @@ def _many_queries(client: preread.Client, score: Score, given: Mapping[str, Any]
             else:
                 file.writelines(run_lines(query_id, run_rows(answer), "preread"))
             done.append(answer)
-            on_progress(len(done), len(queries))
+            if on_progress is not None:
+                on_progress(len(done), len(queries))
     summaries = [answer.summary for answer in done]
     if note := next(filter(None, (_fitted(given["stages"], summary) for summary in summaries)), ""):
         print_parts(note, err=True)
