@@ -6,6 +6,7 @@ that repeat the keys of the rows, or else each row becomes a block of lines.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -158,7 +159,8 @@ def print_parts(*parts: Cell | Table, err: bool = False) -> None:
         for part in parts:
             for line in part.lines(width) if isinstance(part, Table) else paragraph(part, width):
                 console.print(line, soft_wrap=True)
-    click.echo(captured.get(), nl=False, err=err)  # it knows streams that claim to take ASCII only
+    # click finds the stream, and writes UTF-8 to one that claims ASCII; but not past one that keeps clear of a bar.
+    click.echo(captured.get(), None if isinstance(stream, io.TextIOWrapper) else stream, nl=False, err=err)
 
 
 def paragraph(text: Cell, width: int | None) -> Iterator[Text]:

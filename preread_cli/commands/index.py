@@ -187,7 +187,7 @@ def stopping() -> Iterator[threading.Event]:
         stop.set()
         usual.close()
         with suppress(OSError):  # of a terminal that is gone
-            click.echo("stopping: what is encoded is being stored (once more to stop at once)", err=True)
+            print_parts("stopping: what is encoded is being stored (once more to stop at once)", err=True)
 
     with ExitStack() as usual:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
