@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from preread_cli.failures import CommandFailed
-from preread_edge.outputs import human_seconds
-from preread_edge.tables import print_parts, terminal_width
+from preread_edge.tables import human_seconds, print_parts, terminal_width
 from tuning.progress import Advance, StageProgress
 
 if TYPE_CHECKING:

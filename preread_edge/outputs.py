@@ -24,14 +24,6 @@ def human_bytes(num_bytes: float) -> str:
     return next((f"{num_bytes / size:,.1f} {unit}" for unit, size in fitting), f"{num_bytes:,.0f} B")
 
 
-def human_seconds(seconds: float) -> str:
-    """9 -> 9.0 s, 42 -> 42 s, 75 -> 1 min 15 s, 4500 -> 1 h 15 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{rest} s"
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
-
-
 def is_stdout(path: str | Path) -> bool:
     """Whether what is written there appears on standard output."""
     return _descriptor(path) == 1

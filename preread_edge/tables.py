@@ -176,6 +176,14 @@ def paragraph(text: Cell, width: int | None) -> Iterator[Text]:
             yield _text(" " * indent) + wrapped
 
 
+def human_seconds(seconds: float) -> str:
+    """9 -> 9.0 s, 42 -> 42 s, 75 -> 1 min 15 s, 4500 -> 1 h 15 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{rest} s"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
 def terminal_width(stream: IO[str]) -> int | None:
     """Columns of the terminal behind a stream; None: a file or a pipe, whose lines may have any length."""
     if not stream.isatty():

@@ -8,7 +8,7 @@ from typing import Self, TypeVar
 
 from cache.states import PassageStates
 from decoder_server.models.backend import Backend, Prompt
-from preread_edge.outputs import human_seconds
+from preread_edge.tables import human_seconds
 from tuning.rerank import EncodedStates, Pairs, StateSource, score_passages
 
 _SAMPLE, _MAX_SECONDS = 16, 2.0  # passages, and pairs at each of two ratios; fewer where they would take longer

@@ -19,8 +19,8 @@ from preread_cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED, UNAVAILABLE,
 from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
 from preread_cli.terminal import print_json, print_some, progress_bar
-from preread_edge.outputs import human_bytes, human_seconds, is_stdout
-from preread_edge.tables import Table, print_parts
+from preread_edge.outputs import human_bytes, is_stdout
+from preread_edge.tables import Table, human_seconds, print_parts
 
 if TYPE_CHECKING:
     from encoder_worker.indexing import IndexEstimate, IndexReport, Progress
