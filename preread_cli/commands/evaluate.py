@@ -170,7 +170,6 @@ def _inputs(options: Mapping[str, Any], out: Path | None, *, need_qrels: bool = 
     from cache.open import open_store
     from checkpoint.compute import tune_process
     from tuning.evaluate import open_checkpoint
-    from tuning.judged import read_judged
     from tuning.trec import read_run
 
     tune_process(options["threads"])
