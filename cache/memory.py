@@ -94,7 +94,7 @@ class MemoryStore(Store):
 
     def ids_of_texts(self, storage_name: str, digests: Sequence[bytes]) -> list[list[str]]:
         with self._lock:
-            known = self._texts.get(storage_name, {})
+            known: Mapping[bytes, set[str]] = self._texts.get(storage_name, {})
             return [heapq.nsmallest(MAX_IDS_OF_TEXT, known.get(digest, ()), key=str.encode) for digest in digests]
 
     def finds_texts(self, storage_name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -178,7 +178,7 @@ def print_json(value: object) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-def print_result(values: Mapping[str, Any], line: str, *, as_json: bool) -> None:
+def print_result(values: Mapping[str, Any] | Sequence[Mapping[str, Any]], line: str, *, as_json: bool) -> None:
     """What a command did: for machines, or in a line for people."""
     if as_json:
         print_json(values)
