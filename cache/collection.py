@@ -140,6 +140,15 @@ class Collection:
         """The same without decoding: codes as the store gave them, checked."""
         return list(map(self._fitting, passage_ids, self._read(self.store.get_many, passage_ids)))
 
+    def get_records(self, passage_ids: Sequence[str]) -> list[Record | Damaged | None]:
+        """Whole records, texts included; Damaged also where their states cannot be used, as `verify` says."""
+        records = self._read(self.store.get_many, passage_ids)
+        states = decode_all(list(map(self._fitting, passage_ids, records)))
+        return [
+            Damaged(passage_id, damage) if (damage := _damage(found)) else record
+            for passage_id, record, found in zip(passage_ids, records, states, strict=True)
+        ]
+
     def get_texts(self, passage_ids: Sequence[str]) -> list[str | None]:
         """The stored text per id; None where there is none, or the passage is damaged or missing."""
         records = self._read(self.store.get_many, passage_ids)
@@ -188,11 +197,7 @@ class Collection:
     def verify(self) -> Iterator[tuple[str, int, str]]:
         """Read and decode every passage: its id, the version of its record (0 where damaged), its damage or ""."""
         for passage_id, record, states in self._scan():
-            version = record.header.version if isinstance(record, Record) else 0
-            damage = states.reason if isinstance(states, Damaged) else ""
-            if isinstance(states, PassageStates) and not np.isfinite(states.states).all():
-                damage = "decoded states are not finite"
-            yield passage_id, version, damage
+            yield passage_id, record.header.version if isinstance(record, Record) else 0, _damage(states)
 
     def list_ids(self, limit: int, page_token: str = "") -> tuple[list[str], str]:
         """A page of ids and the token of the next one, "" with the last, as Store.list_ids does; InvalidPageToken.
@@ -282,6 +287,13 @@ class Collection:
                 except errors.CodecError as exc:
                     raise errors.InvalidPassage(passage.passage_id, str(exc)) from exc
             raise
+
+
+def _damage(states: PassageStates | Damaged | None) -> str:
+    """Why decoded states cannot be used; "" where they can, or there are none."""
+    if isinstance(states, Damaged):
+        return states.reason
+    return "decoded states are not finite" if states is not None and not np.isfinite(states.states).all() else ""
 
 
 def _check_encoder(manifest: Manifest, fingerprint: str, checkpoint: str) -> None:

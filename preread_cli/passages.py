@@ -1,22 +1,44 @@
-"""Which passages a command ranks or warms: those of a file of ids, or all that the server's collection has."""
+"""Ids of passages: in files, one a line, and those that a server lists of its collection."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import IO, Any
 
 import preread
 from preread_cli.failures import UNAVAILABLE, CommandFailed
+from preread_cli.terminal import print_some
 
 MAX_LISTINGS = 3  # of a collection: one that is cut short begins again at the first page
 
 
-def passage_ids(client: preread.Client, given: Mapping[str, Any], max_listed: int | None = None) -> list[str]:
-    """Those of --ids, one a line; without it those of the whole --collection, sorted, at most `max_listed`."""
+MAX_SHOWN = 5
+
+
+def read_ids(source: str) -> list[str]:
+    """One id a line of a file, plain, gzip or zstd, or of standard input (-); white space around it does not count."""
     from tuning.trec import JudgedFile
 
+    return [line.strip() for _, line in JudgedFile(source).lines()]
+
+
+def write_ids(file: IO[str], ids: Iterable[str]) -> int:
+    """One id a line, for `read_ids`; how many. Says which cannot be written so: they would be read as others."""
+    num_written, others = 0, []
+    for passage_id in ids:
+        if passage_id != passage_id.strip() or "\n" in passage_id or passage_id.startswith("\ufeff"):
+            others.append(repr(passage_id))
+            continue
+        file.write(f"{passage_id}\n")
+        num_written += 1
+    print_some("left out, no line of a file can hold it", others, MAX_SHOWN, err=True)
+    return num_written
+
+
+def passage_ids(client: preread.Client, given: Mapping[str, Any], max_listed: int | None = None) -> list[str]:
+    """Those of --ids, one a line; without it those of the whole --collection, sorted, at most `max_listed`."""
     if given["ids"] is not None:
-        return [line.strip() for _, line in JudgedFile(given["ids"]).lines()]
+        return read_ids(given["ids"])
     collection = given["collection"]
     try:
         ids = _list(client, collection, max_listed)

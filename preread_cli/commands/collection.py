@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,13 @@ import click
 
 from cache.errors import CollectionNotFound, StoreDamaged
 from preread_cli import flags
+from preread_cli.commands import passages
+from preread_cli.commands.passages import opened_store
 from preread_cli.config_file import masked
 from preread_cli.failures import BAD_ITEMS, INTERRUPTED, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
+from preread_cli.passages import write_ids
 from preread_cli.terminal import confirm, print_json, print_result, print_some, progress_bar
 from preread_edge.outputs import human_bytes, is_stdout, open_output
 from preread_edge.tables import Table, print_parts
@@ -33,12 +36,6 @@ _REENCODED = (
 )  # fmt: skip
 
 
-def _opened(url: str) -> closing[Store]:
-    from cache.open import open_store
-
-    return closing(open_store(url, read_budget_seconds=flags.ADMIN_READ_SECONDS))
-
-
 @click.command()
 @flags.collection(help="Only this one, by name or alias.")
 @flags.as_json
@@ -55,7 +52,7 @@ def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: s
 
     rows: list[dict[str, Any]] = []
     unreadable: dict[str, str] = {}
-    with _opened(store) as opened:
+    with opened_store(store) as opened:
         aliases = opened.aliases()
         for name in [Collection.open(opened, collection).name] if collection else opened.list_collections():
             try:
@@ -122,7 +119,7 @@ def verify(ctx: click.Context, /, collection: str, remove_damaged: bool, **optio
     a damaged catalogue again out of what is whole. Indexing again leaves alone what is stored with the same
     text, damaged or not: remove it first.
     """
-    with _opened(options["store"]) as opened:
+    with opened_store(options["store"]) as opened:
         found = _verified(opened, collection, remove_damaged=remove_damaged)
     if options["as_json"]:
         print_json(asdict(found))
@@ -216,6 +213,10 @@ def collection() -> None:
     """
 
 
+collection.add_command(passages.show)
+collection.add_command(passages.remove)
+
+
 @collection.command("alias")
 @click.argument("alias")
 @click.argument("collection", required=False)
@@ -226,7 +227,7 @@ def _alias(alias: str, collection: str | None, remove: bool, as_json: bool, stor
     """Make ALIAS another name of COLLECTION, in one step for every reader."""
     if remove == (collection is not None):
         raise click.UsageError("Give ALIAS and COLLECTION, or ALIAS and --remove.")
-    with _opened(store) as opened:
+    with opened_store(store) as opened:
         if collection is None:
             if not opened.remove_alias(alias):
                 raise CommandFailed(f"alias: {alias!r} does not exist")
@@ -251,7 +252,7 @@ def _rename(collection: str, name: str, alias: str | None, as_json: bool, store:
     moment, and the next version of it can be indexed under another name and take over the alias. Refused while the
     collection is written.
     """
-    with _opened(store) as opened:
+    with opened_store(store) as opened:
         aliases = opened.rename_collection(collection, name, alias)
     said = [f"{collection} is now {name}", *(f"{one} -> {name}" for one in aliases)]
     print_result({"collection": name, "was": collection, "aliases": aliases}, "\n".join(said), as_json=as_json)
@@ -268,7 +269,7 @@ def _compact(collection: str, as_json: bool, store: str) -> None:
     """
     from cache.collection import Collection
 
-    with _opened(store) as opened:
+    with opened_store(store) as opened:
         found = Collection.open(opened, collection)
         if not hasattr(opened, "compact"):
             nothing = "nothing to compact; only faiss: stores keep deleted passages on disk"
@@ -289,7 +290,7 @@ def _reindex(collection: str, as_json: bool, store: str) -> None:
     """
     from cache.collection import Collection
 
-    with _opened(store) as opened, progress_bar("indexing texts", "passages") as on_progress:
+    with opened_store(store) as opened, progress_bar("indexing texts", "passages") as on_progress:
         found = Collection.open(opened, collection)
         opened.index_texts(found.storage_name, on_progress)
     print_result({"collection": found.name}, f"{found.name} finds passages by their text", as_json=as_json)
@@ -324,7 +325,7 @@ def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
 
     if options["as_json"] and options["missing"] and is_stdout(options["missing"]):
         raise click.UsageError("--missing - and --json both print to standard output: give one of them.")
-    with _opened(options["store"]) as opened, ExitStack() as stack:
+    with opened_store(options["store"]) as opened, ExitStack() as stack:
         source = Collection.open(opened, collection)
         codec = options["codec"] or source.manifest.codec
         if codec == source.manifest.codec and not source.codec.needs_training:
@@ -343,7 +344,7 @@ def _reencode(ctx: click.Context, /, collection: str, **options: Any) -> None:
             on_progress=stack.enter_context(progress_bar(f"re-encoding {source.name}", "passages")),
         )
         if missing is not None:
-            missing.writelines(f"{passage_id}\n" for passage_id in done.needs_input)
+            write_ids(missing, done.needs_input)
     if options["as_json"]:
         shown = {name: getattr(done, name) for name in _REENCODED} | {"report": done.report.summary()}
         print_json({"collection": done.source.name, "into": done.target.name, "codec": codec} | shown)
@@ -384,7 +385,7 @@ def _print_reencoded(done: Reencoding, codec: str) -> None:
 @flags.store
 def _drop(collection: str, yes: bool, as_json: bool, store: str) -> None:
     """Delete COLLECTION and its passages. Refused while an alias points at it."""
-    with _opened(store) as opened:
+    with opened_store(store) as opened:
         manifest = None
         with suppress(StoreDamaged):  # a reason to drop it
             manifest = opened.read_manifest(collection)

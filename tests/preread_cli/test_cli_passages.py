@@ -1,0 +1,170 @@
+"""`preread collection show | remove` over a faiss and a Redis store, and ids in files; damage is real damage."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from cache.collection import Collection, StoredPassage
+from cache.manifest import Manifest
+from cache.open import open_store
+from cache.states import PassageStates, text_digest
+from preread_cli.main import cli
+from tests.redis_fixture import RedisServer
+
+ROOT = Path(__file__).parents[2]
+DIM, RATIO, NUM_PASSAGES = 8, 4, 30
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["faiss", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A store with p0 to p29 in `docs`; every text is its id twice, and p1 was cut."""
+    if request.param == "redis":
+        server = request.getfixturevalue("redis_server")
+        with server.client() as client:
+            client.flushall()
+        url = server.url
+    else:
+        url = f"faiss:{tmp_path / 'store'}"
+    manifest = Manifest(
+        collection="docs", fingerprint="a" * 64, checkpoint="test/encoder", dim=DIM, max_passage_tokens=1024,
+        passage_template="{text}", pooling_version=1, compression_ratio=RATIO,
+    )  # fmt: skip
+    with closing(open_store(url)) as opened:
+        passages = []
+        for i in range(NUM_PASSAGES):
+            text, states = f"p{i} p{i}", np.full((2, DIM), i, np.float32)
+            passages.append(StoredPassage(f"p{i}", PassageStates(states, (7,), RATIO, i == 1, text_digest(text)), text))
+        Collection.create(opened, manifest).put_many(passages)
+    return url
+
+
+def run(*arguments: str, store: str, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(cli, ["collection", *arguments, "--store", store], input=stdin)
+
+
+def stored(store: str) -> set[str]:
+    with closing(open_store(store)) as opened:
+        return {passage_id for passage_id, _ in opened.scan("docs")}
+
+
+def flip(store: str, passage_id: str, server: RedisServer | None) -> None:
+    """Changes a byte of a passage's codes behind the store's back."""
+    if server is not None:
+        with server.client() as client:
+            (key,) = [one for one in client.scan_iter() if one.endswith(f":{passage_id}".encode())]
+            value = bytearray(client.get(key))
+            value[-len(passage_id) * 2 - 4] ^= 1  # before the text
+            client.set(key, bytes(value))
+        return
+    (segment,) = Path(store.removeprefix("faiss:")).rglob("*.faiss")
+    data = bytearray(segment.read_bytes())
+    at = data.index(np.full(DIM, int(passage_id[1:]), np.float16).tobytes())
+    data[at] ^= 1
+    segment.write_bytes(data)
+
+
+def test_a_passage_is_shown_as_it_is_stored(store: str) -> None:
+    shown = run("show", "docs", "p1", "p2", "--json", store=store)
+    assert shown.exit_code == 0
+    cut, whole = json.loads(shown.stdout)
+    assert cut | {"size_bytes": 0} == {
+        "passage_id": "p1", "stored": True, "sound": True, "damage": None, "num_states": 2, "num_tokens": 7,
+        "num_windows": 1, "compression_ratio": RATIO, "truncated": True, "codec": "SQfp16", "dim": DIM,
+        "num_clipped": 0, "size_bytes": 0, "text_digest": text_digest("p1 p1").hex(), "text": "p1 p1",
+    }  # fmt: skip
+    assert not whole["truncated"]
+    assert cut["size_bytes"] > 2 * DIM * 2
+    table = run("show", "docs", "p1", store=store).stdout
+    assert "record      sound\n" in table
+    assert "tokens      7, cut at the limit\n" in table
+    assert "states      2 of 8 values, compression ratio 4\n" in table
+    assert table.endswith("text        p1 p1\n")
+
+
+def test_what_is_not_stored_or_damaged_is_said_next_to_the_others(store: str, request: pytest.FixtureRequest) -> None:
+    flip(store, "p3", request.getfixturevalue("redis_server") if store.startswith("redis") else None)
+    shown = run("show", "docs", "p2", "p3", "nowhere", "x" * 600, "--json", store=store)
+    assert shown.exit_code == 1
+    sound, damaged, missing, impossible = json.loads(shown.stdout)
+    assert sound["sound"]
+    assert damaged == {
+        "passage_id": "p3", "stored": True, "sound": False, "damage": "checksum of the states does not match"
+    }  # fmt: skip
+    assert not missing["stored"]
+    assert not impossible["stored"]
+    table = run("show", "docs", "p3", "nowhere", store=store).stdout
+    assert "passage     p3\nrecord      damaged: checksum of the states does not match\n" in table
+    assert "passage     nowhere\nrecord      not stored\n" in table
+    # Damaged is stored, so it can be removed.
+    assert run("remove", "docs", "p3", store=store).exit_code == 0
+    assert "p3" not in stored(store)
+
+
+def test_ids_are_removed_and_the_others_named(store: str) -> None:
+    removed = run("remove", "docs", "p1", "p2", "p1", "nowhere", "x" * 600, store=store)
+    assert removed.exit_code == 1
+    assert "docs: 2 passages removed, 2 not stored" in removed.stdout
+    assert ("`preread collection compact docs` frees their space" in removed.stdout) == store.startswith("faiss")
+    assert "not stored: nowhere\n" in removed.stderr
+    assert stored(store) == {f"p{i}" for i in range(NUM_PASSAGES)} - {"p1", "p2"}
+    again = run("remove", "docs", "p0", "p1", "--json", store=store)
+    assert again.exit_code == 1
+    assert json.loads(again.stdout) == {"collection": "docs", "num_removed": 1, "not_stored": ["p1"]}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+def test_ids_come_from_a_file_or_standard_input(store: str, tmp_path: Path, packed: bool) -> None:
+    ids = "\n".join(f" p{i} " for i in range(20)).encode() + b"\n\n"
+    file = tmp_path / "ids.txt"
+    file.write_bytes(gzip.compress(ids) if packed else ids)
+    assert run("remove", "docs", "--ids", str(file), store=store).exit_code == 0
+    assert run("remove", "docs", "--ids", "-", store=store, stdin="p20\r\np21\r\n").exit_code == 0
+    assert stored(store) == {f"p{i}" for i in range(22, NUM_PASSAGES)}
+
+
+def test_no_ids_or_two_places_for_them_are_an_error_and_an_empty_file_is_none(store: str, tmp_path: Path) -> None:
+    (tmp_path / "none.txt").touch()
+    assert run("remove", "docs", store=store).exit_code == 2
+    assert run("remove", "docs", "p1", "--ids", str(tmp_path / "none.txt"), store=store).exit_code == 2
+    assert run("remove", "docs", "--ids", str(tmp_path / "absent.txt"), store=store).exit_code == 2
+    assert run("remove", "nowhere", "p1", store=store).exit_code == 2
+    assert run("remove", "docs", "--ids", str(tmp_path / "none.txt"), store=store).exit_code == 0
+    assert len(stored(store)) == NUM_PASSAGES
+
+
+@pytest.mark.parametrize("store", ["faiss"], indirect=True)
+@pytest.mark.parametrize(("answer", "options", "num_left"), [("n", [], 30), ("y", [], 18), (None, ["--yes"], 18)])
+def test_a_terminal_is_asked_before_many_are_removed(
+    store: str, answer: str | None, options: list[str], num_left: int
+) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "preread", "collection", "remove", "docs", *options, "--store", store]
+    command += [f"p{i}" for i in range(12)]
+    with subprocess.Popen(command, stdin=theirs, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        if answer is not None:
+            os.write(ours, f"{answer}\n".encode())
+        out, _ = process.communicate(timeout=60)
+    os.close(ours)
+    os.close(theirs)
+    assert ("Remove 12 passages from docs?" in out) == (answer is not None)
+    assert process.returncode == (1 if answer == "n" else 0)
+    assert len(stored(store)) == num_left
