@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from cache.errors import CacheError
+from cache.collection import Collection
+from cache.errors import CacheError, CollectionNotFound
 from cache.record import HEADER_BYTES
 from cache.store import Store
 from encoder_worker.config import CollectionSettings, IndexOptions
@@ -24,7 +25,7 @@ from encoder_worker.passage_encoder import PassageEncoder, Tokenized
 from encoder_worker.pipeline import Pipeline
 from encoder_worker.reading import Intake, ReadBatch, ahead
 from encoder_worker.scheduler import EncodeScheduler
-from encoder_worker.sources import Columns, Item, Place
+from encoder_worker.sources import Columns, Item, Place, SeenIds
 from encoder_worker.writing import Target, held
 from preread_edge.outputs import open_output
 
@@ -32,6 +33,7 @@ SAMPLE_PASSAGES, MAX_SAMPLE_SECONDS = 256, 10.0
 OnProgress = Callable[["Progress"], None]
 _SPOOL_BYTES = 4 << 20
 _MEMORY_SECONDS = 60.0
+_PAGE_IDS = 10_000
 _SUMMARY = (
     "collection", "alias", "num_read", "num_encoded", "num_stored", "num_unchanged", "num_refused",
     "refused_by_reason", "num_truncated", "num_split", "num_tokens", "num_padding_tokens", "padding_share",
@@ -86,6 +88,7 @@ class IndexReport:
     refused_by_reason: Counter[str] = field(default_factory=Counter)
     refused: _IssueLog = field(default_factory=_IssueLog)
     truncated: _IssueLog = field(default_factory=_IssueLog)
+    seen: SeenIds = field(default_factory=SeenIds)
 
     @property
     def complete(self) -> bool:
@@ -204,7 +207,8 @@ def index(
         if target is None:
             report.interrupted = True
         else:
-            _run_job(_index(source, Intake(encoder, target, options), report, stop, on_progress), report)
+            intake = Intake(encoder, target, options, seen=report.seen)
+            _run_job(_index(source, intake, report, stop, on_progress), report)
             _finish(target, options.alias, report)
     return report
 
@@ -270,6 +274,20 @@ async def _index(
             report.interrupted = stop.is_set()
 
 
+def ids_not_in_input(store: Store, report: IndexReport) -> Iterator[str]:
+    """Stored ids that a complete run, dry or not, neither read nor refused; Redis may repeat some."""
+    try:
+        collection, page_token = Collection.open(store, report.collection), ""
+    except CollectionNotFound:
+        return
+    refused = {entry["passage_id"] for entry in report.refused}
+    while True:
+        ids, page_token = collection.list_ids(_PAGE_IDS, page_token)
+        yield from (one for one in ids if one not in report.seen and one not in refused)
+        if not page_token:
+            return
+
+
 @dataclass
 class IndexEstimate:
     """Costs of the passages that an index run would encode now."""
@@ -304,7 +322,7 @@ def dry_run(
     target = Target(store, collection, settings or CollectionSettings(), encoder, options.alias)
     begun = time.monotonic()
     costs, sample, chance = IndexEstimate(), list[Tokenized](), random.Random(0)
-    for batch in Intake(encoder, target, options).batches(source):
+    for batch in Intake(encoder, target, options, seen=report.seen).batches(source):
         lengths: list[int] = []
         for one in batch.upserts:
             if (tokens := one.tokenized) is None:

@@ -242,15 +242,8 @@ class SeenIds:
 
     def once(self, passage: SourcePassage) -> SourcePassage | Refused:
         """The passage, or the reason it is refused where its id came before."""
-        key = int.from_bytes(hashlib.blake2b(passage.passage_id.encode(), digest_size=8).digest(), "little")
-        found = self._latest.get(key)
-        wanted = np.uint64(key)
-        for hashes, places in self._sorted if found is None else ():
-            at = int(np.searchsorted(hashes, wanted))
-            if at < len(hashes) and hashes[at] == wanted:
-                found = int(places[at])
-                break
-        if found is not None:
+        key = _hash(passage.passage_id)
+        if (found := self._find(key)) is not None:
             first = Place(self._sources[found >> _LINE_BITS], found & ((1 << _LINE_BITS) - 1))
             message = f"id {passage.passage_id!r} came before, at {first}; the first one counts"
             return Refused(passage.place, passage.passage_id, Reason.DUPLICATE_ID, message)
@@ -267,3 +260,19 @@ class SeenIds:
             order = np.argsort(hashes)
             self._sorted.append((hashes[order], places[order]))
         return passage
+
+    def __contains__(self, passage_id: str) -> bool:
+        return self._find(_hash(passage_id)) is not None
+
+    def _find(self, key: int) -> int | None:
+        """Number of the source and line in one."""
+        found, wanted = self._latest.get(key), np.uint64(key)
+        for hashes, places in self._sorted if found is None else ():
+            at = int(np.searchsorted(hashes, wanted))
+            if at < len(hashes) and hashes[at] == wanted:
+                return int(places[at])
+        return found
+
+
+def _hash(passage_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(passage_id.encode(), digest_size=8).digest(), "little")

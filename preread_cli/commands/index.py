@@ -18,11 +18,13 @@ from preread_cli import flags
 from preread_cli.failures import BAD_INPUT, BAD_ITEMS, INTERRUPTED, UNAVAILABLE, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, load_encoder, model_option
+from preread_cli.passages import write_ids
 from preread_cli.terminal import print_json, print_some, progress_bar
-from preread_edge.outputs import human_bytes, is_stdout
+from preread_edge.outputs import human_bytes, is_stdout, open_output
 from preread_edge.tables import Table, human_seconds, print_parts
 
 if TYPE_CHECKING:
+    from cache.store import Store
     from encoder_worker.indexing import IndexEstimate, IndexReport, Progress
     from encoder_worker.sources.files import Source
 
@@ -54,6 +56,11 @@ ESTIMATE_SECONDS = 3.0  # of encoding, before the time that the input takes is t
 @option(
     "--report", type=flags.OUTPUT, help="Write counts and refused lines (JSON); - prints them instead of the summary."
 )
+@option(
+    "--not-in-input",
+    type=flags.OUTPUT,
+    help="Write the ids of stored passages that the input lacks, for `preread collection remove`; - prints them.",
+)
 @option("--max-line-bytes", type=flags.COUNT, default=16 << 20, help="Longer lines are refused.")
 @flags.as_json
 @click.pass_context
@@ -78,12 +85,16 @@ def index(ctx: click.Context, /, **options: Any) -> None:
     from encoder_worker.sources import UnknownFormat
 
     report_file: Path | None = options["report"]
-    if options["as_json"] and report_file is not None and is_stdout(report_file):
-        raise click.UsageError("--report - and --json both print to standard output: give one of them.")
+    files = {"--report": report_file, "--not-in-input": options["not_in_input"]}
+    printed = [flag for flag, file in files.items() if file is not None and is_stdout(file)]
+    if len(printed) + options["as_json"] > 1:
+        both = " and ".join([*(f"{flag} -" for flag in printed), *(["--json"] if options["as_json"] else [])])
+        raise click.UsageError(f"{both} both print to standard output: give one of them.")
     if options["store"].startswith("memory:"):
         raise click.BadParameter("memory: ends with this command; expected a store that stays", param_hint="--store")
-    if report_file is not None and not report_file.parent.is_dir():
-        raise click.BadParameter(f"{report_file.parent} is no directory", param_hint="--report")
+    for flag, file in files.items():
+        if file is not None and not file.parent.is_dir():
+            raise click.BadParameter(f"{file.parent} is no directory", param_hint=flag)
     try:
         source = _source(options)
     except UnknownFormat as exc:
@@ -108,8 +119,8 @@ def _index(options: dict[str, Any], source: Source, report_file: Path | None) ->
         _write(report, report_file, failure)
     if options["as_json"]:
         print_json(report.summary() | ({} if estimate is None else {"estimate": dataclasses.asdict(estimate)}))
-    elif report_file is None or not is_stdout(report_file):
-        _show(report, estimate, report_file)
+    elif not any(map(is_stdout, filter(None, (report_file, options["not_in_input"])))):
+        _show(report, estimate, report_file, options["not_in_input"])
     if failure is not None:
         num_left = report.num_read - report.num_stored - report.num_unchanged - report.num_refused
         print_parts(f"preread: {num_left:,} passages were read and not stored; run again to go on from here", err=True)
@@ -161,7 +172,9 @@ def _run(options: dict[str, Any], source: Source, stop: threading.Event, report:
     with closing(open_store(options["store"], read_budget_seconds=flags.BATCH_READ_SECONDS)) as store:
         job = (source, load_encoder(options), store, report.collection, settings, how)
         if options["dry_run"]:
-            return indexing.dry_run(*job, stop=stop, report=report)
+            estimate = indexing.dry_run(*job, stop=stop, report=report)
+            _write_ids(options["not_in_input"], store, report)
+            return estimate
         told = False
         with progress_bar(report.collection, "passages") as update:
 
@@ -175,7 +188,20 @@ def _run(options: dict[str, Any], source: Source, stop: threading.Event, report:
                 update(now.num_done, None, **known)  # how many there are is not known, only of how many bytes
 
             indexing.index(*job, stop=stop, on_progress=on_progress, report=report)
+        _write_ids(options["not_in_input"], store, report)
         return None
+
+
+def _write_ids(file: Path | None, store: Store, report: IndexReport) -> None:
+    from encoder_worker.indexing import ids_not_in_input
+
+    if file is None:
+        return
+    if not report.complete:  # ids of what was not read would look as if the input lacked them
+        click.echo(f"{file}: not written, because the input was not read to its end", err=True)
+        return
+    with open_output(file) as out:
+        write_ids(out, ids_not_in_input(store, report))
 
 
 @contextmanager
@@ -197,7 +223,7 @@ def stopping() -> Iterator[threading.Event]:
         yield stop
 
 
-def _show(report: IndexReport, estimate: IndexEstimate | None, report_file: Path | None) -> None:
+def _show(report: IndexReport, estimate: IndexEstimate | None, report_file: Path | None, ids_file: Path | None) -> None:
     """The outcome of every line, on standard output."""
     lists_all = f"all of them in {report_file}" if report_file else "--report FILE lists them"
     refused = map(_place, report.refused)
@@ -235,6 +261,9 @@ def _show(report: IndexReport, estimate: IndexEstimate | None, report_file: Path
     if report.num_not_in_input:
         absent = "not in this input, or were refused in it" if report.num_refused else "not in this input"
         print_parts(f"{report.num_not_in_input:,} stored passages are {absent}; they stay")
+        listed = "--not-in-input FILE lists those not in it; " if ids_file is None else ""
+        removal = f"`preread collection remove {report.collection} --ids {ids_file or 'FILE'}` removes them"
+        print_parts(f"{listed}{removal}")
 
 
 def _show_clipped(report: IndexReport) -> None:

@@ -155,7 +155,33 @@ def test_stored_passages_that_the_input_lacks_are_counted(
     code, out, err = run_index(path, "-c", "docs", "--strict", "--json")
     assert json.loads(out)["num_not_in_input"] is None  # not read to its end
     code, out, err = run_index(jsonl(["text 0"]), "-c", "docs")
-    assert "4 stored passages are not in this input; they stay" in out
+    assert "4 stored passages are not in this input; they stay\n--not-in-input FILE lists" in out
+
+
+def test_ids_that_the_input_lacks_are_listed_for_their_removal(
+    tmp_path: Path, run_index: RunIndex, jsonl: Callable[[list[str]], Path]
+) -> None:
+    """Those of refused lines are in the input, and an id that no line can hold is told, not written as another one."""
+    run_index(jsonl([f"text {i}" for i in range(5)]), "-c", "docs")
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"id": "p1\\np2", "text": "two lines"}\n')
+    run_index(odd, "-c", "docs")
+    path, gone = jsonl(["text 0", "text 1"]), tmp_path / "gone.txt"
+    with path.open("a") as more:
+        more.write('{"id": "p2", "text": " "}\n')
+    code, out, err = run_index(path, "-c", "docs", "--strict", "--not-in-input", gone)
+    assert not gone.exists()
+    assert f"{gone}: not written, because the input was not read to its end" in err
+    for dry in (["--dry-run"], []):
+        code, out, err = run_index(path, "-c", "docs", "--not-in-input", gone, *dry)
+        assert code == 1, err
+        assert gone.read_text() == "p3\np4\n"
+        assert "left out, no line of a file can hold it: 'p1\\np2'" in err
+    assert f"`preread collection remove docs --ids {gone}` removes them" in out
+    code, out, err = run_index(path, "-c", "docs", "--not-in-input", "-")
+    assert out == "p3\np4\n"
+    assert run_index(path, "-c", "docs", "--not-in-input", "-", "--json")[0] == 2
+    assert run_index(path, "-c", "new", "--dry-run", "--not-in-input", "-")[1] == ""
 
 
 def test_columns_are_told_and_kept(tmp_path: Path, run_index: RunIndex) -> None:

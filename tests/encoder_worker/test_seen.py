@@ -28,6 +28,9 @@ def test_an_id_is_new_once_and_later_tells_where_it_came_first() -> None:
         again = seen.once(SourcePassage(ids[i], "", Place("three", 1)))
         assert isinstance(again, Refused)
         assert again.message == f"id {ids[i]!r} came before, at {places[i]}; the first one counts"
+    assert ids[0] in seen
+    assert ids[-1] in seen
+    assert "id" not in seen
 
 
 async def test_items_come_in_order_and_an_error_after_them() -> None:
