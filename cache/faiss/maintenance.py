@@ -113,11 +113,11 @@ class Compactor:
         if not readable:
             return
         if num_rows:
-            matrix = np.concatenate(parts).reshape(num_rows, codec.code_size_bytes)
-            file_name, offset = self._files.write(codec, matrix)
+            shape = num_rows, codec.code_size_bytes
+            file_name, offset = self._files.write(codec, [part.reshape(-1, shape[1]) for part in parts])
         with self._catalogue.writing() as connection:
             if num_rows:
-                new = connection.insert_segment(collection_id, file_name, matrix, offset)
+                new = connection.insert_segment(collection_id, file_name, shape, offset)
                 query = f"UPDATE passages SET segment_id = {new}, first_row = ? WHERE row_key = ? AND segment_id = ?"
                 connection.executemany(query, moved)
             connection.executemany("DELETE FROM segments WHERE segment_id = ?", [(one.segment_id,) for one in readable])

@@ -271,11 +271,11 @@ class Connection(sqlite3.Connection):
         """Count up the generation: something of the collection changed."""
         self.put("generations", name=storage_name, generation=self.generation(storage_name) + 1)
 
-    def insert_passages(
-        self, collection_id: int, file_name: str, codes: NDArray[np.uint8], offset: int, records: Mapping[str, Record]
-    ) -> None:
+    def insert_passages(self, collection_id: int, file_name: str, offset: int, records: Mapping[str, Record]) -> None:
         """Point passages at a new durable segment file that holds their codes in this order."""
-        segment_id = self.insert_segment(collection_id, file_name, codes, offset)
+        headers = [record.header for record in records.values()]
+        shape = sum(one.num_states for one in headers), headers[0].code_size
+        segment_id = self.insert_segment(collection_id, file_name, shape, offset)
         rows, first_row = [], 0
         for passage_id, record in records.items():
             # Software that writes version 1 cannot open this catalogue, so it is not written here.
@@ -286,9 +286,10 @@ class Connection(sqlite3.Connection):
             first_row += header.num_states
         self.executemany(_UPSERT, rows)
 
-    def insert_segment(self, collection_id: int, file_name: str, codes: NDArray[np.uint8], offset: int) -> int:
+    def insert_segment(self, collection_id: int, file_name: str, shape: tuple[int, int], offset: int) -> int:
+        """Of so many rows, of so many bytes."""
         _, *names = COVERED["segments"]
-        return self.put("segments", **dict(zip(names, (collection_id, file_name, *codes.shape, offset), strict=True)))
+        return self.put("segments", **dict(zip(names, (collection_id, file_name, *shape, offset), strict=True)))
 
     def find_passages(self, collection_id: int, passage_ids: Iterable[str]) -> "list[_Row]":
         """Rows of the passages that exist, in the order they lie on disk."""

@@ -7,6 +7,7 @@ is truncated (cp over it, rsync --inplace) kills the process at the next access,
 import errno
 import os
 import resource
+import struct
 import sys
 import threading
 import uuid
@@ -29,6 +30,9 @@ _MAX_OPEN_SEGMENTS = min(16384, max(64, resource.getrlimit(resource.RLIMIT_NOFIL
 _MAX_READ_BYTES, _BLOCK_BYTES = 1 << 18, 4 << 20
 # Of an open: there is no file, or the process lacks a right, descriptors or memory; anything else is the file's.
 _NOT_ITS_FAULT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+# In an index file: behind its kind and the number of dimensions, four bytes each.
+_ROWS_OFFSET = 8
 
 _Codes = NDArray[np.uint8]
 _Ranges = Sequence[tuple[int, int]]  # first row and number of rows, each
@@ -62,28 +66,26 @@ class SegmentFiles:
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
         self.memory = _BufferPool(max_kept_bytes, block_bytes)
 
-    def write(self, codec: Codec, codes: NDArray[np.uint8]) -> tuple[str, int]:
-        """Write codes (num_rows, code_size) as a durable segment, or nothing; returns file name and offset."""
-        content = _serialised(codec, codes)
-        # Codes begin at the first byte that differs between two one-row indexes.
-        zeros, ones = (np.full((1, codec.code_size_bytes), fill, dtype=np.uint8) for fill in (0x00, 0xFF))
-        offset = int(np.argmax(_serialised(codec, zeros) != _serialised(codec, ones)))
-        if not np.array_equal(content[offset : offset + codes.nbytes], codes.reshape(-1)):
-            raise CacheError(f"segment: FAISS did not lay out {codec.factory} codes at offset {offset}")
+    def write(self, codec: Codec, parts: Sequence[_Codes]) -> tuple[str, int]:
+        """Write codes of passages, (num_rows, code_size) each, as a durable segment, or nothing; file name and offset.
+
+        What FAISS would write, without the copies of all codes that its index and its writer take.
+        """
+        head, tail = _around_codes(codec, sum(map(len, parts)))
         name = uuid.uuid4().hex + ".faiss"
         aside = self.directory / (name + ".tmp")
         try:
-            with open(aside, "wb", buffering=0) as file:
-                rest = content.data
-                while rest:
-                    rest = rest[file.write(rest) :]
+            with open(aside, "wb") as file:
+                for part in (head, *parts, tail):
+                    file.write(np.ascontiguousarray(part).data)
+                file.flush()
                 os.fsync(file.fileno())
             os.rename(aside, self.directory / name)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
         fsync_directory(self.directory)
-        return name, offset
+        return name, len(head)
 
     def orphans(self, committed: set[str]) -> list[str]:
         """Files that no catalogue row names; only the holder of the writer lock may remove them."""
@@ -210,8 +212,30 @@ def _runs(ranges: _Ranges, code_size: int) -> Iterator[tuple[int, list[int]]]:
         yield first, run
 
 
-def _serialised(codec: Codec, codes: _Codes) -> _Codes:
-    """Of a segment file, in memory, because FAISS's file writer would lose an error of its last buffered write."""
-    index = codec.new_index()
-    index.add_sa_codes(np.ascontiguousarray(codes))
-    return np.asarray(faiss.serialize_index(index))
+def _around_codes(codec: Codec, num_rows: int) -> tuple[_Codes, _Codes]:
+    """The bytes before and after the codes of a segment file of so many rows.
+
+    Of an index with one row, its two counts replaced: the rows, and last the codes, in bytes or numbers. Raises
+    CacheError where files of a few rows are laid out otherwise.
+    """
+
+    def serialised(num_rows: int, fill: int) -> _Codes:
+        index = codec.new_index()
+        index.add_sa_codes(np.full((num_rows, codec.code_size_bytes), fill, dtype=np.uint8))
+        return np.asarray(faiss.serialize_index(index))
+
+    def counted(num_rows: int) -> _Codes:
+        head = one[:offset].copy()
+        for at, count in counts.items():
+            head[at : at + 8] = np.frombuffer(struct.pack("<Q", count * num_rows), np.uint8)
+        return head
+
+    one = serialised(1, 0x00)
+    offset = int(np.argmax(one != serialised(1, 0xFF)))  # the first byte that the codes change
+    (length,) = struct.unpack("<Q", one[offset - 8 : offset].data)
+    counts, tail = {_ROWS_OFFSET: 1, offset - 8: length}, one[offset + codec.code_size_bytes :]
+    for few in (2, 259):
+        codes = np.zeros(few * codec.code_size_bytes, np.uint8)
+        if not np.array_equal(serialised(few, 0x00), np.concatenate([counted(few), codes, tail])):
+            raise CacheError(f"segment: FAISS did not lay out {codec.factory} codes at offset {offset}")
+    return counted(num_rows), tail

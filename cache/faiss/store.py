@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
-
 from cache.codecs import Codec
 from cache.errors import CacheError, CodecError, CollectionExists, CollectionInUse, CollectionNotFound
 from cache.faiss.catalogue import SUMS, CatalogueFile, WriterLeases
@@ -64,10 +62,9 @@ class FaissStore(Store):
                 if (size := record.header.code_size) != (expected := codec.code_size_bytes):
                     has = f"collection {storage_name!r} has {expected}"
                     raise CodecError(f"passage {passage_id!r}: {size} bytes per state, {has}")
-            codes = np.concatenate([record.codes for record in records.values()])  # (num_rows, code_size)
-            file_name, offset = self._files.write(codec, codes)
+            file_name, offset = self._files.write(codec, [record.codes for record in records.values()])
             with self._catalogue.writing() as connection:
-                connection.insert_passages(collection_id, file_name, codes, offset, records)
+                connection.insert_passages(collection_id, file_name, offset, records)
                 connection.bump(storage_name)
             try:  # single-passage writes pile up segments; this one stands, whatever happens now
                 Compactor(self._catalogue, self._files).merge_small(collection_id, codec, self._max_small_segments)

@@ -375,7 +375,7 @@ END;
 def make_version_1(path: Path, manifest: Manifest, records: dict[str, Record]) -> None:
     (path / "segments").mkdir(parents=True)
     codes = np.concatenate([record.codes for record in records.values()])
-    file_name, offset = SegmentFiles(path / "segments").write(manifest.make_codec(), codes)
+    file_name, offset = SegmentFiles(path / "segments").write(manifest.make_codec(), [codes])
     with closing(sqlite3.connect(path / "catalogue.sqlite", isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.executescript(_SCHEMA_1 + "PRAGMA user_version = 1;")

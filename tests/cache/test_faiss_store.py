@@ -76,6 +76,9 @@ def test_segments_of_every_codec_are_faiss_indexes(path, make_manifest, make_rec
     store.put_many("passages", {"p": Record.build(codes, window_tokens=(256,), **values)})
     (found,) = store.get_many("passages", ["p"])
     assert np.array_equal(found.codes, codes)
+    written = Codec.from_table(factory, 8, codec.table()).new_index()
+    written.add_sa_codes(codes)
+    assert segments(path)[0].read_bytes() == faiss.serialize_index(written).tobytes()
     index = faiss.read_index(str(segments(path)[0]), faiss.IO_FLAG_MMAP_IFC)
     # FAISS does not know our scalings: it reads their codes as plain bytes.
     expected = codes if "B" in factory else codec.decode(codes)
