@@ -4,24 +4,24 @@ import base64
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import TypeVar
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from cache import errors
 from cache.manifest import Manifest
 from cache.record import RECORD_VERSION, Damaged, Record, is_passage_id, passage_id_bytes
-from cache.states import Codes, EncodedPassage, PassageStates, decode_all
+from cache.states import AnyStates, Codes, EncodedPassage, PassageStates, decode_all
 from cache.store import Store, StoreStats
 
 _T = TypeVar("_T")
 
 _SCAN_BATCH_PASSAGES = 256
+_ENCODED_STATES = 1024  # about so many in one call of the codec
 _TOKEN_CHECKSUM = struct.Struct("<Q")
 
 # Numbers outside a codec's trained range, as a share of a write's. On scifact with preread-mini a table of 100
@@ -38,9 +38,10 @@ class StoredPassage:
     """One passage to be written."""
 
     passage_id: str
-    states: PassageStates
+    states: AnyStates  # EncodedPassage by `Collection.encode` alone
     text: str | None = None
     num_clipped_before: int = 0  # numbers that another codec had clipped before these states were read back
+    num_clipped: int = 0  # of encoded states: numbers outside the range the codec was trained for
 
 
 class Collection:
@@ -97,33 +98,19 @@ class Collection:
         Raises InvalidPassage, or OutOfRange where over MAX_CLIPPED_SHARE of the numbers of the write (small writes are
         taken together) were clipped, unless `allow_clipped`; nothing was written then.
         """
+        seen: set[str] = set()
+        for passage in (passages := self.encode(passages)):
+            if passage.passage_id in seen:
+                raise errors.InvalidPassage(passage.passage_id, "given twice in one write")
+            seen.add(passage.passage_id)
         if not passages:
             return []
-        seen: set[str] = set()
-        for passage in passages:
-            self._check(passage, seen)
-        states = np.concatenate([passage.states.states for passage in passages])
-        codes = self._encode(states, passages)
-        ends = np.cumsum([passage.states.num_states for passage in passages])[:-1]
-        clipped = [int(part.sum()) for part in np.split(self.codec.count_outside(states, codes), ends)]
-        judged = (self._unjudged[0] + len(states), self._unjudged[1] + sum(clipped))
+        num_states, clipped = sum(one.states.num_states for one in passages), [one.num_clipped for one in passages]
+        judged = (self._unjudged[0] + num_states, self._unjudged[1] + sum(clipped))
         is_odd = judged[0] >= _MIN_JUDGED_STATES and judged[1] > MAX_CLIPPED_SHARE * judged[0] * self.manifest.dim
         if is_odd and not allow_clipped:
-            self._check_clipped(passages, clipped)
-        records = {
-            passage.passage_id: Record.build(
-                rows,
-                window_tokens=passage.states.window_tokens,
-                compression_ratio=passage.states.compression_ratio,
-                truncated=passage.states.truncated,
-                text_digest=passage.states.text_digest,
-                binding=self._binding,
-                text=passage.text if self.manifest.stores_text else None,
-                num_clipped=num_clipped + passage.num_clipped_before,
-                version=1 if self.manifest.version == 1 else RECORD_VERSION,
-            )
-            for passage, rows, num_clipped in zip(passages, np.split(codes, ends), clipped, strict=True)
-        }
+            self._check_clipped(passages)
+        records = {passage.passage_id: self._record(passage) for passage in passages}
         try:
             self.store.put_many(self.storage_name, records)
         except errors.CollectionNotFound as exc:
@@ -131,6 +118,23 @@ class Collection:
             raise errors.CollectionGone(f"collection: {self.name!r} {gone}") from exc
         self._unjudged = judged if judged[0] < _MIN_JUDGED_STATES else (0, 0)
         return clipped
+
+    def encode(self, passages: Sequence[StoredPassage]) -> list[StoredPassage]:
+        """With states as the codec writes them, for `put_many`: a writer that gathers passages holds less memory.
+
+        Raises InvalidPassage; encoded passages stay as they are.
+        """
+        encoded, plain, num_states = list(passages), list[int](), 0
+        for i, passage in enumerate(passages):
+            self._check(passage)
+            if isinstance(passage.states, PassageStates):
+                plain.append(i)
+                num_states += passage.states.num_states
+            if num_states >= _ENCODED_STATES or i + 1 == len(passages):  # in parts, so that copies of states stay small
+                for at, one in zip(plain, self._encode([passages[at] for at in plain]), strict=True):
+                    encoded[at] = one
+                plain, num_states = [], 0
+        return encoded
 
     def get_many(self, passage_ids: Sequence[str]) -> list[PassageStates | Damaged | None]:
         """One entry per id, in order; None where there is or can be none. Their states are views into one array."""
@@ -248,7 +252,7 @@ class Collection:
         states, ratio = Codes(self.codec, record.codes), header.compression_ratio
         return EncodedPassage(states, record.window_tokens, ratio, header.truncated, header.text_digest, key)
 
-    def _check(self, passage: StoredPassage, seen: set[str]) -> None:
+    def _check(self, passage: StoredPassage) -> None:
         states, passage_id = passage.states, passage.passage_id
         try:
             passage_id_bytes(passage_id)
@@ -256,37 +260,63 @@ class Collection:
                 passage.text.encode()
         except (errors.InvalidName, UnicodeEncodeError) as exc:
             raise errors.InvalidPassage(passage_id, str(exc)) from exc
-        if states.dim != self.manifest.dim:
-            raise errors.InvalidPassage(passage_id, f"dim {states.dim}, the collection has {self.manifest.dim}")
         if (given := states.compression_ratio) != (ratio := self.manifest.compression_ratio):
             raise errors.InvalidPassage(passage_id, f"compression_ratio {given}, the collection has {ratio}")
+        if isinstance(states, EncodedPassage):
+            if states.states.codec is not self.codec:
+                raise errors.InvalidPassage(passage_id, "encoded by another collection's codec")
+            return
+        if states.dim != self.manifest.dim:
+            raise errors.InvalidPassage(passage_id, f"dim {states.dim}, the collection has {self.manifest.dim}")
         if not np.isfinite(states.states).all():
             raise errors.InvalidPassage(passage_id, "states hold NaN or infinity")
-        if passage_id in seen:
-            raise errors.InvalidPassage(passage_id, "given twice in one write")
-        seen.add(passage_id)
 
-    def _check_clipped(self, passages: Sequence[StoredPassage], clipped: Sequence[int]) -> None:
+    def _check_clipped(self, passages: Sequence[StoredPassage]) -> None:
         """A few odd passages among many are stored, and counted. Where there are many, the table is odd."""
         reasons = {
             passage.passage_id: f"{share:.0%} of its numbers lie outside what {self.codec.factory} was trained for; "
             f"expected at most {MAX_CLIPPED_SHARE:.0%}"
-            for passage, num_clipped in zip(passages, clipped, strict=True)
-            if (share := num_clipped / passage.states.states.size) > MAX_CLIPPED_SHARE
+            for passage in passages
+            if (share := passage.num_clipped / (passage.states.num_states * self.manifest.dim)) > MAX_CLIPPED_SHARE
         }
         if reasons:  # else they were in the small writes before
             raise errors.OutOfRange(reasons)
 
-    def _encode(self, states: NDArray[np.float32], passages: Sequence[StoredPassage]) -> NDArray[np.uint8]:
+    def _encode(self, passages: Sequence[StoredPassage]) -> list[StoredPassage]:
+        if not passages:
+            return []
+        plain: list[PassageStates] = [one.states for one in passages if isinstance(one.states, PassageStates)]
+        states = np.concatenate([one.states for one in plain])
         try:
-            return self.codec.encode(states)
+            codes = self.codec.encode(states)
         except errors.CodecError:
-            for passage in passages:  # find the one that cannot be encoded
+            for passage, one in zip(passages, plain, strict=True):  # find the one that cannot be encoded
                 try:
-                    self.codec.encode(passage.states.states)
+                    self.codec.encode(one.states)
                 except errors.CodecError as exc:
                     raise errors.InvalidPassage(passage.passage_id, str(exc)) from exc
             raise
+        ends = np.cumsum([one.num_states for one in plain])[:-1]
+        parts = np.split(codes, ends), np.split(self.codec.count_outside(states, codes), ends)
+        return [
+            replace(passage, states=one.encoded(Codes(self.codec, rows)), num_clipped=int(outside.sum()))
+            for passage, one, rows, outside in zip(passages, plain, *parts, strict=True)
+        ]
+
+    def _record(self, passage: StoredPassage) -> Record:
+        states = passage.states
+        assert isinstance(states, EncodedPassage)
+        return Record.build(
+            states.states.rows,
+            window_tokens=states.window_tokens,
+            compression_ratio=states.compression_ratio,
+            truncated=states.truncated,
+            text_digest=states.text_digest,
+            binding=self._binding,
+            text=passage.text if self.manifest.stores_text else None,
+            num_clipped=passage.num_clipped + passage.num_clipped_before,
+            version=1 if self.manifest.version == 1 else RECORD_VERSION,
+        )
 
 
 def _damage(states: PassageStates | Damaged | None) -> str:

@@ -147,6 +147,10 @@ class PassageStates(_PooledPassage):
         states = pooled[0] if len(pooled) == 1 else np.concatenate(pooled)
         return PassageStates(states, self.window_tokens, ratio, self.truncated, self.text_digest, self.key)
 
+    def encoded(self, codes: Codes) -> "EncodedPassage":
+        """The same passage in a codec's bytes."""
+        return EncodedPassage(codes, self.window_tokens, self.compression_ratio, self.truncated, self.text_digest)
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class EncodedPassage(_PooledPassage):

@@ -2,7 +2,7 @@
 
 read -> check, compare digests, tokenize     ahead of the model (reading.py)
 -> encode                                    in passes shared with other streams (scheduler.py)
--> store                                     in groups, each one durable write (writing.py)
+-> encode by the codec, store                in groups, each one durable write (writing.py)
 -> acknowledge                               in the order of reading
 """
 
@@ -21,7 +21,7 @@ from encoder_worker.config import PipelineLimits
 from encoder_worker.passage_encoder import Encoded
 from encoder_worker.reading import ReadBatch
 from encoder_worker.scheduler import EncodeScheduler, EncodeStream
-from encoder_worker.writing import Target, Upsert, WriteGroup
+from encoder_worker.writing import Target, Upsert, WriteGroup, encode
 
 _MAX_PENDING_WRITES = 2
 
@@ -106,9 +106,12 @@ class Pipeline:
             self._reading = asyncio.ensure_future(anext(batches, None))
         if self._encoding is None and self.num_unencoded and len(self._full) <= _MAX_PENDING_WRITES and not stopped:
             self._encoding = asyncio.ensure_future(stream.completed())
-        if self._writing is None and (group := self._next_group()):
+        if self._writing is None:
             loop = asyncio.get_running_loop()
-            self._writing = loop.run_in_executor(self.store_threads, group.write, self.target, limits)
+            if group := self._next_group():
+                self._writing = loop.run_in_executor(self.store_threads, group.write, self.target, limits)
+            elif plain := self._group.take_plain(self.target):
+                self._writing = loop.run_in_executor(self.store_threads, encode, plain, self.target)
 
     def _take(self, stream: EncodeStream) -> None:
         """The results of the steps that are done."""

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -16,7 +16,7 @@ from cache.codecs import Codec
 from cache.collection import Collection, StoredPassage
 from cache.manifest import Manifest
 from cache.record import check_name
-from cache.states import PassageStates
+from cache.states import AnyStates, PassageStates
 from cache.store import Store
 from encoder_worker.config import CollectionSettings, PipelineLimits
 from encoder_worker.passage_encoder import Encoded, EncodingFailed, PassageEncoder, Tokenized
@@ -28,6 +28,8 @@ _WAIT_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
+ENCODED_STATES = 1024  # that a group holds as float32 before the codec encodes them
+
 
 @dataclass(eq=False, slots=True)
 class Upsert:
@@ -36,7 +38,7 @@ class Upsert:
     passage: SourcePassage
     refused: Refused | None = None
     tokenized: Tokenized | None = None  # None: nothing to encode
-    states: PassageStates | None = None  # until they are stored
+    states: AnyStates | None = None  # until they are stored
     num_states: int = 0  # 0: not encoded
     num_clipped_before: int = 0  # numbers that another codec had cut before the states were read back
     num_clipped: int = 0  # numbers outside what the codec was trained for
@@ -57,6 +59,13 @@ class Upsert:
             return False
         self.states, self.num_states = states, states.num_states
         return True
+
+    def to_store(self) -> StoredPassage:
+        assert self.states is not None
+        passage = self.passage
+        return StoredPassage(
+            passage.passage_id, self.states, passage.text, self.num_clipped_before, num_clipped=self.num_clipped
+        )
 
 
 class Target:
@@ -159,15 +168,26 @@ class WriteGroup:
     """Encoded passages of one durable write, so also what an interruption may cost."""
 
     upserts: list[Upsert] = field(default_factory=list)
-    num_bytes: int = 0
+    num_bytes: int = 0  # of their states as float32
     num_states: int = 0
     begun: float = field(default_factory=time.monotonic)
+    _plain: list[Upsert] = field(default_factory=list)  # whose states the codec has not encoded
+    _num_plain_states: int = 0
 
     def add(self, upsert: Upsert) -> None:
-        assert upsert.states is not None
+        assert isinstance(upsert.states, PassageStates)
         self.upserts.append(upsert)
         self.num_bytes += upsert.states.states.nbytes
         self.num_states += upsert.num_states
+        self._plain.append(upsert)
+        self._num_plain_states += upsert.num_states
+
+    def take_plain(self, target: Target) -> list[Upsert]:
+        """Upserts for `encode`, when they are some and the codec is trained."""
+        if self._num_plain_states < ENCODED_STATES or target.num_training_states:
+            return []
+        plain, self._plain, self._num_plain_states = self._plain, [], 0
+        return plain
 
     def is_full(self, limits: PipelineLimits, target: Target) -> bool:
         if held_back := target.num_training_states:
@@ -181,14 +201,11 @@ class WriteGroup:
         Raises CodecError for too few states to train the codec on, CacheError where the store failed.
         """
         target.check_lease()
-        collection = target.collection or target.create([one.states for one in self.upserts if one.states is not None])
+        sample = (one.states for one in self.upserts)
+        collection = target.create([states for states in sample if isinstance(states, PassageStates)])
         pauses = iter(limits.retry_seconds)
         while todo := {one.passage.passage_id: one for one in self.upserts if one.states is not None}:
-            passages = [
-                StoredPassage(passage_id, one.states, one.passage.text, one.num_clipped_before)
-                for passage_id, one in todo.items()
-                if one.states is not None
-            ]
+            passages = [one.to_store() for one in todo.values()]
             try:
                 clipped = collection.put_many(passages, allow_clipped=target.allow_clipped)
             except errors.InvalidPassage as exc:
@@ -205,6 +222,14 @@ class WriteGroup:
             else:
                 for one, num_clipped in zip(todo.values(), clipped, strict=True):
                     one.num_clipped, one.stored, one.states = num_clipped, True, None
+
+
+def encode(upserts: Sequence[Upsert], target: Target) -> None:
+    """Their states as the codec writes them, which take a fraction of the memory while a group gathers."""
+    with suppress(errors.InvalidPassage):  # `write` finds it again, and refuses it
+        passages = target.create().encode([one.to_store() for one in upserts])
+        for one, passage in zip(upserts, passages, strict=True):
+            one.states, one.num_clipped = passage.states, passage.num_clipped
 
 
 def num_training_states(codec: Codec) -> int:

@@ -61,6 +61,29 @@ def test_states_come_back_as_the_codec_keeps_them(collection):
         assert states.at_ratio(8).num_states == -(-expected.num_tokens // 8)
 
 
+@pytest.mark.parametrize("codec", ["SQfp16", "SQ8", "Z,B8,SQ4"])
+def test_passages_encoded_before_their_write_are_stored_as_the_others(store, make_manifest, codec):
+    """A writer may encode some early; what is stored and counted does not change, clipped numbers included."""
+    passages = [make_passage(f"p{i}", i, tokens=1 + i) for i in range(40)]
+    trained = Codec(codec, DIM)
+    trained.train(np.concatenate([one.states.states for one in passages[:20]]))
+    table = trained.table()
+    one, other = (
+        Collection.create(store, make_manifest(name, codec=codec, codec_table=table)) for name in ("one", "other")
+    )
+    clipped = one.put_many(passages, allow_clipped=True)
+    early = [*other.encode(passages[:15]), *passages[15:30], *other.encode(passages[30:])]
+    assert other.encode(early[:15]) == early[:15]
+    assert other.put_many(early, allow_clipped=True) == clipped
+    assert sum(clipped) > 0 or codec != "SQ8"
+    for passage in passages:
+        (found,), (expected,) = (each.store.get_many(each.name, [passage.passage_id]) for each in (other, one))
+        assert np.array_equal(found.codes, expected.codes)
+        assert found.header.num_clipped == expected.header.num_clipped
+    with pytest.raises(InvalidPassage, match="another collection's codec"):
+        one.put_many(early[:1])
+
+
 def test_split_passages_keep_their_windows(collection):
     windows = [np.random.default_rng(i).standard_normal((n, DIM)).astype(np.float32) for i, n in enumerate((9, 4, 1))]
     pooled = np.concatenate([pool(window, 4) for window in windows])

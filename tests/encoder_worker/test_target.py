@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from cache.collection import Collection
 from cache.errors import CodecError, CollectionExists, EncoderMismatch, InvalidName
+from cache.states import PassageStates
 from cache.store import Store
 from encoder_worker.config import CollectionSettings, IndexOptions, PipelineLimits
 from encoder_worker.indexing import IndexReport, dry_run, index
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.sources import SourcePassage
+from encoder_worker.writing import Target, Upsert, WriteGroup, encode
 
 Make = Callable[..., list[SourcePassage]]
 SMALL = IndexOptions(limits=PipelineLimits(batch_passages=16, group_passages=8))
@@ -32,6 +35,29 @@ def test_codecs_that_train_do_so_on_the_first_passages(
     with pytest.raises(CodecError, match=r"PQ16 trains on at least 256"):
         index(items[:2], encoder, store, "few", CollectionSettings(32, "PQ16"))
     assert store.list_collections() == ["docs"]
+
+
+def test_a_group_gathers_what_the_codec_wrote(
+    encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make
+) -> None:
+    """Of float32 states only the latest are held; a passage that cannot be stored is refused with its group."""
+    target, group = Target(store, "docs", CollectionSettings(1), encoder), WriteGroup()
+    upserts = [Upsert(one) for one in passages(real_texts[:60])]
+    upserts[7].passage = replace(upserts[7].passage, text="\udc80")
+    held = 0
+    for one in upserts:
+        one.take(encoder.encode_one(real_texts[0] if one is upserts[7] else one.passage.text, 1))
+        group.add(one)
+        if plain := group.take_plain(target):
+            encode(plain, target)
+        held = max(held, sum(one.num_states for one in upserts if isinstance(one.states, PassageStates)))
+    assert sum(one.num_states for one in upserts) > 3 * held
+    group.write(target, PipelineLimits())
+    assert [one for one in upserts if not one.stored] == [upserts[7]]
+    assert upserts[7].refused is not None
+    (states,) = Collection.open(store, "docs").get_many(["p3"])
+    exact = encoder.encode_one(real_texts[3], 1).states
+    assert np.array_equal(states.states, exact.astype(np.float16).astype(np.float32))
 
 
 def test_an_interrupted_run_trains_no_codec(
