@@ -51,7 +51,7 @@ class CommandFailed(click.ClickException):
             case KeyboardInterrupt():
                 return cls("interrupted", INTERRUPTED)
             case PrereadError():
-                return cls(_told(error, text), BAD_INPUT if error.status in _CALLERS_FAULT else UNAVAILABLE)
+                return cls(_told(error), BAD_INPUT if error.status in _CALLERS_FAULT else UNAVAILABLE)
             case StoreUnavailable() | StoreLocked() | StoreFull() | StoreDamaged() | CollectionGone():
                 return cls(text, UNAVAILABLE)
             case CacheError() | OSError() | ValueError():
@@ -66,14 +66,16 @@ class CommandFailed(click.ClickException):
             click.echo(f"preread: error: {self.format_message()}", file=file)
 
 
-def _told(error: PrereadError, text: str) -> str:
-    """The line for a failed call: which server said so, or what to try where none answered."""
+def _told(error: PrereadError) -> str:
+    """The line for a failed call: which server said so, or what to try where none answered; its id for the log."""
+    text = error.message
     if not error.address:  # raised here
         return text
+    request = f" (request {error.request_id})" if error.request_id else ""
     if not text.startswith(f"the server at {error.address} "):
-        return f"the server at {error.address} says: {text.removeprefix(f'{error.address}: ')}"
+        return f"the server at {error.address} says: {text.removeprefix(f'{error.address}: ')}{request}"
     from preread.channel import proxy_variable
 
     proxy = proxy_variable(error.address)
     through = f" ({proxy} is set, so it is called through that proxy; no_proxy exempts hosts)" if proxy else ""
-    return f"{text}{through}{_ADVICE.get(error.reason, '')}"
+    return f"{text}{through}{_ADVICE.get(error.reason, '')}{request}"

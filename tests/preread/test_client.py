@@ -58,10 +58,12 @@ def test_ids_texts_and_both_are_scored_alike(client, collection) -> None:
     both = client.rerank(QUERY, [Candidate(*item) for item in PASSAGES.items()], collection=collection)
 
     assert [r.status for r in by_id] == ["hit"] * 5
-    assert [r.status for r in by_text] == ["encoded"] * 5
+    assert [r.status for r in by_text] == ["hit"] * 5
+    assert {(r.index, r.found_id) for r in by_text} == set(enumerate(PASSAGES))
+    assert (by_text.summary.num_looked_up, by_text.summary.num_found) == (5, 5)
+    assert by_id[0].found_in == ""
     assert [(r.passage_id, r.status) for r in both] == [(r.passage_id, r.status) for r in by_id]
     check_same(both, by_id)
-    # The stored states went through the default codec (16 bit), the others did not.
     margins = {r.index: r.margin for r in by_id}
     assert {r.index: r.margin for r in by_text} == pytest.approx(margins, abs=0.05)
 

@@ -60,7 +60,7 @@ async def failures(address: str, tls: TlsFiles | None = None, seconds: float = 3
 def expect(errors: list[PrereadError], address: str, reason: str, words: str) -> None:
     for error in errors:
         assert (error.reason, error.address) == (reason, address)
-        assert str(error) == f"the server at {address} {words}"
+        assert error.message == f"the server at {address} {words}"
         assert not any(word in str(error) for word in INTERNALS)
 
 
@@ -99,7 +99,7 @@ async def test_tls_on_one_side_alone_or_of_strangers_is_said(
     (tmp_path / "no.pem").write_text("no certificate")
     for address, tls, reason, words in (
         (scripted.address, TlsFiles(cert), "NOT_TLS", "what listens there does not use TLS"),
-        (secure.address, None, "CLOSED", "what listens there closes the connection"),
+        (secure.address, None, "CLOSED", "what listens there closes the connection, as one with TLS does to plain text"),
         (secure.address, TlsFiles(), "UNTRUSTED", "no authority that is trusted here signed its certificate"),
         (renamed.address, TlsFiles(others), "TLS", "its certificate is for another name"),
         (
@@ -132,7 +132,7 @@ def test_the_words_of_a_server_stay_its_own(scripted, failing) -> None:
     scripted.service.script = [failing(grpc.StatusCode.UNAVAILABLE, message)]
     with Client(scripted.address, options=ClientOptions(retry=ONCE)) as client, pytest.raises(Unavailable) as caught:
         client.rerank("q", ["a"])
-    assert (str(caught.value), caught.value.reason) == (f"{scripted.address}: {message}", "")
+    assert (caught.value.message, caught.value.reason) == (f"{scripted.address}: {message}", "")
 
 
 def test_tls_files_go_together(tmp_path: Path) -> None:

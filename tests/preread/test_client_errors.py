@@ -111,12 +111,12 @@ async def test_the_async_client_raises_the_same(scripted, failing) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "says"), [("127.0.0.1:1", "no server listens there"), ("unix:/no.sock", "there is no such socket")]
+    ("address", "says"), [("127.0.0.1:1", "nothing listens there"), ("unix:/no.sock", "there is no such socket")]
 )
 def test_a_connection_that_fails_names_the_address_and_why(address: str, says: str) -> None:
     with Client(address, options=ONCE) as client, pytest.raises(Unavailable) as caught:
         client.list_models()
-    assert str(caught.value) == f"{address}: {says}"
+    assert str(caught.value) == f"the server at {address} could not be reached: {says}"
 
 
 def test_tls_on_one_side_only_is_told_from_both(scripted, scripted_with, certificate) -> None:
@@ -127,7 +127,7 @@ def test_tls_on_one_side_only_is_told_from_both(scripted, scripted_with, certifi
         with Client(address, options=options) as client, pytest.raises(Unavailable, match="TLS"):
             client.list_models()
     with_others = ClientOptions(retry=ONCE.retry, tls=TlsFiles())
-    with Client(secured.address, options=with_others) as client, pytest.raises(Unavailable, match="not trusted"):
+    with Client(secured.address, options=with_others) as client, pytest.raises(Unavailable, match="no authority that is trusted here"):
         client.list_models()
 
 

@@ -120,7 +120,8 @@ def test_a_call_that_reached_no_server_shows_no_id() -> None:
     once = ClientOptions(retry=RetryPolicy(budget_seconds=0))
     with Client("127.0.0.1:1", options=once) as client, pytest.raises(Unavailable) as caught:
         client.list_models()
-    assert (str(caught.value), caught.value.request_id) == ("127.0.0.1:1: no server listens there", "")
+    why = "the server at 127.0.0.1:1 could not be reached: nothing listens there"
+    assert (str(caught.value), caught.value.request_id) == (why, "")
 
 
 def test_what_is_listed_can_be_copied(client) -> None:

@@ -57,6 +57,8 @@ ARGUMENTS: dict[str, Callable[[Fixtures], tuple[object, ...]]] = {
     "collection reencode": lambda f: f.model_flags(
         "docs", "--codec", "B32,SQ8", "--store", f.store, "--model", f.model
     ),
+    "collection show": lambda f: ("docs", "p1", "--store", f.store),
+    "collection remove": lambda f: ("docs", "p1", "--store", f.store),
     "collection drop": lambda f: ("docs", "--yes", "--store", f.store),
     "checkpoint": lambda f: (f.model,),
     "check": lambda f: f.model_flags(f.model, "--pairs", f.files / "pairs.jsonl"),

@@ -258,7 +258,7 @@ def test_a_bad_query_is_named(rerank, tmp_path: Path, content: str, message: str
 
 
 def test_one_of_several_servers_is_enough(server_pair, client) -> None:
-    arguments = ["rerank", "blue", "-c", COLLECTION, "--store", server_pair.store, "--json"]
+    arguments = ["rerank", "blue", "-c", COLLECTION, "--json"]
     answer = CliRunner().invoke(cli, [*arguments, "--address", f"127.0.0.1:1,{server_pair.address}"])
     assert answer.exit_code == 0, answer.output
     assert re.fullmatch("[0-9a-f]{32}", json.loads(answer.stdout)["request_id"])
