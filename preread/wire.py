@@ -239,7 +239,11 @@ _CONNECT_FAILURES = (
     ("CERTIFICATE_VERIFY_FAILED", "UNTRUSTED", "no authority that is trusted here signed its certificate"),
     ("Hostname Verification", "TLS", "its certificate is for another name"),
     ("security handshaker", "TLS", "the PEM files given for TLS hold no certificate, or not its key"),
-    ("Socket closed|recvmsg|Connection reset|EOF", "CLOSED", "what listens there closes the connection, as one with TLS does to plain text"),
+    (
+        "Socket closed|recvmsg|Connection reset|EOF",
+        "CLOSED",
+        "it closes the connection, as one with TLS does to plain text",
+    ),
     ("", "UNREACHABLE", "no connection was made"),
 )
 

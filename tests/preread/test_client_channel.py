@@ -99,7 +99,7 @@ async def test_tls_on_one_side_alone_or_of_strangers_is_said(
     (tmp_path / "no.pem").write_text("no certificate")
     for address, tls, reason, words in (
         (scripted.address, TlsFiles(cert), "NOT_TLS", "what listens there does not use TLS"),
-        (secure.address, None, "CLOSED", "what listens there closes the connection, as one with TLS does to plain text"),
+        (secure.address, None, "CLOSED", "it closes the connection, as one with TLS does to plain text"),
         (secure.address, TlsFiles(), "UNTRUSTED", "no authority that is trusted here signed its certificate"),
         (renamed.address, TlsFiles(others), "TLS", "its certificate is for another name"),
         (

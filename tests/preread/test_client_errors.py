@@ -127,7 +127,7 @@ def test_tls_on_one_side_only_is_told_from_both(scripted, scripted_with, certifi
         with Client(address, options=options) as client, pytest.raises(Unavailable, match="TLS"):
             client.list_models()
     with_others = ClientOptions(retry=ONCE.retry, tls=TlsFiles())
-    with Client(secured.address, options=with_others) as client, pytest.raises(Unavailable, match="no authority that is trusted here"):
+    with Client(secured.address, options=with_others) as client, pytest.raises(Unavailable, match="trusted here"):
         client.list_models()
 
 
