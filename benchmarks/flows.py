@@ -44,23 +44,26 @@ class Trace:
 
     def __init__(self) -> None:
         self.recording = False
-        self.starts_with = ""  # the function, as FILE:NAME, whose call starts the recording
+        self.starts_with = ""  # the function, as FILE:NAME, whose call starts the recording, and whose end ends it
         self.functions: set[tuple[str, str, int]] = set()
         self.transitions = 0
         self._last = threading.local()
+        self._first: FrameType | None = None  # of that function
 
     def install(self) -> None:
         threading.setprofile(self._called)
         sys.setprofile(self._called)
 
     def _called(self, frame: FrameType, event: str, arg: object) -> None:
+        if event == "return" and frame is self._first:
+            self.recording, self.starts_with, self._first = False, "", None
         if event != "call" or not (self.recording or self.starts_with) or not frame.f_code.co_flags & OPTIMIZED:
             return
         path = product_path(frame.f_code.co_filename)
         if path is None or importing(frame):
             return
         if f"{path}:{frame.f_code.co_name}" == self.starts_with:
-            self.recording = True
+            self.recording, self._first = True, frame
         if not self.recording:
             return
         self.functions.add((path, frame.f_code.co_qualname, frame.f_code.co_firstlineno))
