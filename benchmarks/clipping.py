@@ -20,7 +20,7 @@ from benchmarks.codecs_workload import Sizes, Workload
 from benchmarks.common import CACHE, report, start
 from cache.codecs import Codec
 from encoder_worker.passage_encoder import PassageEncoder
-from preread_cli.terminal import Progress
+from preread_cli.terminal import ProgressDisplay
 
 CODECS = ("SQ8", "SQ4", "PQ96")
 WORDS = ("cat", "moon", "cell", "the", "protein", "tree", "risk", "blue", "one", "mouse", "gene", "water")
@@ -36,7 +36,7 @@ def uniform(checkpoint: str, ratio: int) -> NDArray[np.float32]:
 def measure(args: argparse.Namespace) -> None:
     start()
     rows = []
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         sizes = Sizes(args.queries, args.candidates, NUM_TRAINING)
         workload = Workload(args.checkpoint, args.collection, sizes, args.work, progress)
         advance = progress.begin("codecs", len(args.ratios) * 2 * len(CODECS), "codecs")

@@ -25,7 +25,7 @@ from scipy.stats import kendalltau
 from benchmarks.codecs_shown import COMPUTE, plot, print_tables
 from benchmarks.codecs_workload import Margins, Sizes, Workload
 from benchmarks.common import CACHE, report, start
-from preread_cli.terminal import Progress
+from preread_cli.terminal import ProgressDisplay
 from tuning.metrics import HEADLINE, per_query
 from tuning.trec import rank
 
@@ -88,7 +88,7 @@ def outliers(workload: Workload, ratio: int) -> dict[str, float]:
 def measure(args: argparse.Namespace) -> None:
     start()
     sizes = Sizes(args.queries, args.candidates, args.training_passages, args.residual_training_states)
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         workload = Workload(args.checkpoint, args.collection, sizes, args.work, progress)
         rows: list[list[Any]] = []
         trained_on: dict[str, int] = {}

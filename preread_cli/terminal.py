@@ -27,12 +27,12 @@ _MIN_NAME, _MIN_BAR, _MAX_BAR = 12, 8, 40  # columns of the terminal
 
 @contextmanager
 def progress_bar(label: str, unit: str) -> Iterator[Callable[..., None]]:
-    """One stage, shown as `Progress` does; call it with how many are done, and of how many: `_Stage.update`."""
-    with Progress() as progress:
+    """One stage, shown as `ProgressDisplay` does; call it with how many are done, and of how many: `_Stage.update`."""
+    with ProgressDisplay() as progress:
         yield progress.stage(label, unit)
 
 
-class Progress(StageProgress):
+class ProgressDisplay(StageProgress):
     """On a terminal a bar a stage, on standard error; elsewhere a line now and then."""
 
     def __init__(self) -> None:

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import xxhash
 
 from cache.errors import StoreAccessDenied, StoreDamaged, StoreLocked, StoreUnavailable
-from cache.faiss.rows import COVERED, TEXT_INDEX, UNCHECKED, Connection, translated
+from cache.faiss.rows import COVERED, UNCHECKED, Connection, translated
 from cache.faiss.segments import fsync_directory
+from cache.faiss.texts import TEXT_INDEX
 from cache.store import locked_by, this_writer
 
 _VERSION = 2

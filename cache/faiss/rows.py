@@ -32,18 +32,7 @@ from cache.errors import (
 )
 from cache.faiss.segments import Segment, SegmentFiles
 from cache.manifest import Manifest, storage_name_of
-from cache.record import (
-    DIGEST_BYTES,
-    DIGEST_FROM_END,
-    RECORD_VERSION,
-    Damaged,
-    Header,
-    Record,
-    check_name,
-    is_passage_id,
-    passage_id_bytes,
-)
-from cache.store import MAX_IDS_OF_TEXT
+from cache.record import RECORD_VERSION, Damaged, Header, Record, check_name, passage_id_bytes
 
 # Columns that a row's checksum covers, the key first, by table. Rows of catalogue version 1 have a mark in its place,
 # longer than a checksum, so that no flipped bit makes one of the other.
@@ -72,12 +61,6 @@ _SELECT = """SELECT passage_id, header, windows, text, first_row, passages.num_s
     size_bytes, num_clipped, passages.segment_id, segments.collection_id, file_name, num_rows, code_size, codes_offset,
     checksum
     FROM passages LEFT JOIN segments ON segments.segment_id = passages.segment_id WHERE passages.collection_id = ?"""
-
-# Of what the header says: SQLite keeps it with every row that is written, moved or deleted, so it cannot fall behind.
-_DIGEST = f"substr(header, -{DIGEST_FROM_END}, {DIGEST_BYTES})"
-TEXT_INDEX = f"CREATE INDEX passages_by_text ON passages (collection_id, {_DIGEST}, passage_id);"
-_BY_TEXT = f"""SELECT passage_id FROM passages INDEXED BY passages_by_text WHERE collection_id = ? AND {_DIGEST} = ?
-    ORDER BY passage_id LIMIT {MAX_IDS_OF_TEXT}"""
 
 _OS: dict[int | None, tuple[type[CacheError], str]] = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (StoreFull, "no space left")),
@@ -310,22 +293,6 @@ class Connection(sqlite3.Connection):
         values = self.execute(query, (collection_id, after, limit)).fetchall()
         _check_order(after, values)
         return [encoded_id for (encoded_id,) in values]
-
-    @property
-    def has_text_index(self) -> bool:
-        query = "SELECT 1 FROM main.sqlite_master WHERE type = 'index' AND name = 'passages_by_text'"
-        return self.execute(query).fetchone() is not None
-
-    def make_text_index(self) -> None:
-        self.num_commits()  # raises where the counters, which are signed again here, are damaged
-        self.execute(TEXT_INDEX)
-        query = "UPDATE store SET schema = ?1, checksum = row_checksum(num_commits, ?1)"
-        self.execute(query, (self.schema(),))
-
-    def ids_of_text(self, collection_id: int, digest: bytes) -> list[str]:
-        found = self.execute(_BY_TEXT, (collection_id, digest))
-        ids = (typed(bytes, encoded_id).decode(errors="surrogateescape") for (encoded_id,) in found)
-        return list(filter(is_passage_id, ids))  # `verify` reports those that are no ids
 
     def headers(self, collection_id: int, passage_ids: Sequence[str]) -> dict[str, Header]:
         found: dict[str, Header] = {}

@@ -25,6 +25,7 @@ from cache.faiss.catalogue import SUMS, CatalogueFile, WriterLeases
 from cache.faiss.maintenance import Compaction, Compactor, audit, rebuild
 from cache.faiss.rows import Connection, read_records, translated, typed
 from cache.faiss.segments import SegmentFiles
+from cache.faiss.texts import has_text_index, ids_of_text, make_text_index
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, is_passage_id, passage_id_bytes
 from cache.store import Audit, OnProgress, Store, StoreStats, aliases_of_renamed
@@ -131,21 +132,21 @@ class FaissStore(Store):
     def ids_of_texts(self, storage_name: str, digests: Sequence[bytes]) -> list[list[str]]:
         with self._catalogue.reading() as connection:
             collection_id = self._find(connection, storage_name)
-            if collection_id is None or not connection.has_text_index:
+            if collection_id is None or not has_text_index(connection):
                 return [[] for _ in digests]
-            return [connection.ids_of_text(collection_id, digest) for digest in digests]
+            return [ids_of_text(connection, collection_id, digest) for digest in digests]
 
     def finds_texts(self, storage_name: str) -> bool:
         with self._catalogue.reading() as connection:
-            return connection.has_text_index
+            return has_text_index(connection)
 
     def index_texts(self, storage_name: str, on_progress: OnProgress | None = None) -> None:
         """Of every collection of the catalogue, in one transaction; writers wait for it, and readers do not."""
         with self._writing(), self._catalogue.writing() as connection:
             if self._find(connection, storage_name) is None:
                 raise CollectionNotFound(f"collection: {storage_name!r} does not exist in this store")
-            if not connection.has_text_index:
-                connection.make_text_index()
+            if not has_text_index(connection):
+                make_text_index(connection)
 
     def stats(self, storage_name: str) -> StoreStats:
         # As the triggers keep count; `audit` compares them with the rows.

@@ -14,13 +14,16 @@ from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS
 from preread_cli.flags import option
 from preread_cli.models import model_argument
-from preread_cli.terminal import Progress, print_json
+from preread_cli.terminal import ProgressDisplay, print_json
 from preread_edge.outputs import human_bytes
 from preread_edge.settings import LoadConfig
 from preread_edge.tables import WHOLE, Column, Table, print_parts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from checkpoint import Checkpoint
+    from tuning.health.parity import ParityRow
 
 SHAPES = ("tiny", "nano")
 PASSAGE_TOKENS, QUERY_TOKENS = 1000, 20  # that costs are told of
@@ -170,18 +173,11 @@ def convert_ctxl(ctx: click.Context, /, source: str, target: Path, formats: str,
     say(Table.facts(told))
     dtypes = ("float32", "bfloat16") if formats == "both" else (formats,)
     with staged(target) as folder:
-        with Progress() as progress:
+        with ProgressDisplay() as progress:
             with counted(progress, "convert", len(opened.sizes), "tensors") as advance:
                 opened.convert(folder, advance)
             rows = parity(opened, folder, compared, dtypes, progress)
-        say(f"{rows[0].num_pairs} pairs ({compared.name}), the original against the conversion:")
-        numbers = ("max |delta|", "allowed", "Kendall tau", "rank agreement")
-        table = Table([Column("parity", WHOLE), Column("", WHOLE), *map(Column, numbers)], num_keys=2, indent=2)
-        for row in rows:
-            deltas = (f"{row.max_delta:.2e}", f"{row.allowed_delta:.2e}")
-            verdict = "pass" if row.passed else "FAIL"
-            table.add(row.dtype, verdict, *deltas, f"{row.tau:.4f}", f"{row.rank_agreement:.0%}")
-        say(table)
+        say(f"{rows[0].num_pairs} pairs ({compared.name}), the original against the conversion:", _parities(rows))
         record = {"source": source, "head": opened.head, "pairs": compared.name, "parity": [*map(asdict, rows)]}
         is_same = all(row.passed for row in rows)
         if options["as_json"]:
@@ -193,3 +189,12 @@ def convert_ctxl(ctx: click.Context, /, source: str, target: Path, formats: str,
         (folder / "conversion.json").write_text(text, encoding="utf-8")
     license = opened.files.profile.license
     say(Table.facts({"converted": str(target), "licence": license and f"{license}, as the source's"}))
+
+
+def _parities(rows: Sequence[ParityRow]) -> Table:
+    numbers = ("max |delta|", "allowed", "Kendall tau", "rank agreement")
+    table = Table([Column("parity", WHOLE), Column("", WHOLE), *map(Column, numbers)], num_keys=2, indent=2)
+    for row in rows:
+        deltas, verdict = (f"{row.max_delta:.2e}", f"{row.allowed_delta:.2e}"), "pass" if row.passed else "FAIL"
+        table.add(row.dtype, verdict, *deltas, f"{row.tau:.4f}", f"{row.rank_agreement:.0%}")
+    return table

@@ -16,7 +16,7 @@ from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS, CommandFailed
 from preread_cli.flags import option
 from preread_cli.models import compute_options, model_argument, model_option
-from preread_cli.terminal import Progress, print_some
+from preread_cli.terminal import ProgressDisplay, print_some
 from preread_edge.outputs import is_stdout, write_output
 from preread_edge.tables import print_parts
 from tuning.config import EvaluationSettings, Limits, MeasuringSettings, SweepSettings
@@ -190,7 +190,7 @@ def _inputs(options: Mapping[str, Any], out: Path | None, *, need_qrels: bool = 
             "model": open_checkpoint(options["model"], stored, read_control_tokens=options["read_control_tokens"]),
             "device": options["device"],
             "dtype": options["dtype"],
-            "progress": stack.enter_context(Progress()),
+            "progress": stack.enter_context(ProgressDisplay()),
         }
 
 
@@ -268,7 +268,7 @@ def check(ctx: click.Context, /, model: str, **options: Any) -> None:
     if json_file is not None:  # now, not after minutes
         json_file.parent.mkdir(parents=True, exist_ok=True)
     how = {"against": options["against"], "codec": options["codec"], "ratio": options["compression_ratio"]}
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         report = health.check(config, pairs=pairs, progress=progress, **how)
     _print_report(report, options)
     if not report.passed:

@@ -9,7 +9,7 @@ import pytest
 
 from cache.collection import Collection, StoredPassage
 from cache.errors import CollectionNotFound, StoreUnavailable
-from cache.faiss import rows
+from cache.faiss import rows, texts
 from cache.open import open_store
 from cache.states import PassageStates, text_digest
 from cache.store import MAX_IDS_OF_TEXT
@@ -134,7 +134,7 @@ def test_a_lookup_reads_no_other_rows(tmp_path, make_manifest):
     store.write_manifest(make_manifest())
     store.close()
     connection = sqlite3.connect(tmp_path / "store" / "catalogue.sqlite")
-    plan = [row[-1] for row in connection.execute(f"EXPLAIN QUERY PLAN {rows._BY_TEXT}", (1, b""))]
+    plan = [row[-1] for row in connection.execute(f"EXPLAIN QUERY PLAN {texts._BY_TEXT}", (1, b""))]
     connection.close()
     assert plan == ["SEARCH passages USING INDEX passages_by_text (collection_id=? AND <expr>=?)"]  # and sorts nothing
 

@@ -21,7 +21,7 @@ from rich.cells import cell_len
 
 import preread_cli.terminal as terminal_module
 from preread_cli.main import cli
-from preread_cli.terminal import Progress, progress_bar
+from preread_cli.terminal import ProgressDisplay, progress_bar
 from preread_edge.tables import LINE, NUMBER, TEXT, WHOLE, Column, Table, print_parts
 
 PASSAGES = {
@@ -197,7 +197,7 @@ def test_where_there_is_no_terminal_a_line_is_printed_now_and_then(
         update(2, 4)
     assert capsys.readouterr().err == "reading docs: 1/4 passages, 25%, 0.5/s, 6.0 s left\n"
     monkeypatch.setattr(terminal_module, "LINE_SECONDS", 0.0)
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         advance = progress.begin("score", 200, "pairs", kept=100)  # a resumed run goes on from there
         advance(50)
         advance(60)
