@@ -158,7 +158,7 @@ def test_a_check_is_shown_on_every_terminal(fits, tiny_checkpoint: Path, pairs: 
 
 
 def test_a_ranking_is_shown_on_every_terminal(fits, client, server_pair, tmp_path: Path) -> None:
-    served = ("-c", COLLECTION, "--store", server_pair.store, "--address", server_pair.address)
+    served = ("-c", COLLECTION, "--address", server_pair.address)
     fits("rerank", "what is the number of things that stand next to the sky?", *served, "--stages", "8:4,4")
     fits("warm", *served)
     (tmp_path / "queries.tsv").write_text("".join(f"q{i}\tthing {i}\n" for i in range(5)))
@@ -213,7 +213,7 @@ def test_every_long_command_says_how_far_it_is(
 ) -> None:
     monkeypatch.setattr(terminal_module, "FIRST_LINE_SECONDS", 0.0)
     monkeypatch.setattr(terminal_module, "LINE_SECONDS", 0.0)
-    served = ("-c", COLLECTION, "--store", server_pair.store, "--address", server_pair.address)
+    served = ("-c", COLLECTION, "--address", server_pair.address)
     model, at = ("--model", tiny_checkpoint), ("--store", store)
     (tmp_path / "queries.tsv").write_text("q1\tone\nq2\ttwo\n")
     queries = ("--queries", tmp_path / "queries.tsv", "--output", tmp_path / "out.run")
