@@ -86,8 +86,7 @@ class Collection:
         while (manifest := store.read_manifest(name)) is None and name != before:
             name, before = store.resolve(name_or_alias), name  # it may have been renamed since the alias was read
         if manifest is None:
-            known = ", ".join(store.list_collections()) or "none"
-            raise errors.CollectionNotFound(f"collection: {name_or_alias!r} does not exist, the store has: {known}")
+            raise errors.CollectionNotFound(f"collection: {name_or_alias!r} does not exist, the store has: {_names(store)}")
         if fingerprint is not None:
             _check_encoder(manifest, fingerprint, checkpoint)
         return cls(store, manifest)
@@ -317,6 +316,15 @@ class Collection:
             num_clipped=passage.num_clipped + passage.num_clipped_before,
             version=1 if self.manifest.version == 1 else RECORD_VERSION,
         )
+
+
+def _names(store: Store) -> str:
+    """What can be opened, for a message: every collection, and its aliases."""
+    aliases: dict[str, str] = {}
+    for alias, name in sorted(store.aliases().items()):
+        aliases[name] = f"{aliases[name]}, {alias}" if name in aliases else f"alias {alias}"
+    names = store.list_collections()
+    return ", ".join(f"{name} ({aliases[name]})" if name in aliases else name for name in names) or "none"
 
 
 def _damage(states: PassageStates | Damaged | None) -> str:

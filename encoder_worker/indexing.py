@@ -35,7 +35,7 @@ _SPOOL_BYTES = 4 << 20
 _MEMORY_SECONDS = 60.0
 _PAGE_IDS = 10_000
 _SUMMARY = (
-    "collection", "alias", "num_read", "num_encoded", "num_stored", "num_unchanged", "num_refused",
+    "collection", "alias", "alias_was", "num_read", "num_encoded", "num_stored", "num_unchanged", "num_refused",
     "refused_by_reason", "num_truncated", "num_split", "num_tokens", "num_padding_tokens", "padding_share",
     "num_states", "num_clipped", "clipped_share", "num_clipped_passages", "num_training_states", "num_batches",
     "num_not_in_input", "seconds", "passages_per_second", "tokens_per_second", "interrupted", "stopped_by",
@@ -84,6 +84,7 @@ class IndexReport:
     interrupted: bool = False
     stopped_by: str | None = None  # the refused item that ended a strict run, or the failure that ended this one
     alias: str | None = None  # moved to the collection at the end
+    alias_was: str | None = None  # the other collection that it pointed to
     columns: list[Columns] = field(default_factory=list)  # of CSV, TSV and Parquet inputs
     refused_by_reason: Counter[str] = field(default_factory=Counter)
     refused: _IssueLog = field(default_factory=_IssueLog)
@@ -235,8 +236,9 @@ def _finish(target: Target, alias: str | None, report: IndexReport) -> None:
         num_known = report.num_stored + report.num_unchanged
         report.num_not_in_input = max(0, target.collection.stats().num_passages - num_known)
     if alias is not None:
+        before = target.store.aliases().get(alias)
         target.store.set_alias(alias, target.collection.name)
-        report.alias = alias
+        report.alias, report.alias_was = alias, before if before != target.collection.name else None
 
 
 async def _index(
@@ -272,6 +274,8 @@ async def _index(
             report.num_values = report.num_states * encoder.dim
             report.num_training_states = target.num_trained
             report.interrupted = stop.is_set()
+            if report.interrupted:  # what a batch held that was not full yet was read too
+                report.num_read = max(report.num_read, intake.num_checked)
 
 
 def ids_not_in_input(store: Store, report: IndexReport) -> Iterator[str]:

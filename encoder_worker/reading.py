@@ -62,9 +62,11 @@ class Intake:
     options: IndexOptions = field(default_factory=IndexOptions)
     max_text_bytes: int | None = None
     seen: SeenIds = field(default_factory=SeenIds)
+    num_checked: int = 0
 
     def check(self, item: Item) -> Upsert:
         """Refuses a bad id, a text without tokens and an id that came before. Call it in the order of the passages."""
+        self.num_checked += 1
         if isinstance(item, Refused):
             return Upsert(SourcePassage(item.passage_id or "", "", item.place), refused=item)
         upsert = Upsert(item)

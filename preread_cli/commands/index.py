@@ -257,7 +257,8 @@ def _show(report: IndexReport, estimate: IndexEstimate | None, report_file: Path
     if report.num_split:
         print_parts(f"{report.num_split:,} passages are over the token limit and are split into windows")
     if report.alias:
-        print_parts(f"alias {report.alias} -> {report.collection}")
+        before = f" (was {report.alias_was})" if report.alias_was else ""
+        print_parts(f"alias {report.alias} -> {report.collection}{before}")
     if report.num_not_in_input:
         absent = "not in this input, or were refused in it" if report.num_refused else "not in this input"
         print_parts(f"{report.num_not_in_input:,} stored passages are {absent}; they stay")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tests.docs.transcripts import Block, Step, pattern
@@ -19,10 +22,12 @@ from tests.docs.transcripts import Block, Step, pattern
 GRPCURL = Path(__file__).with_name("grpcurl.py")
 WARM = Path(__file__).with_name("warm.py")
 PATIENCE_SECONDS = 120
+COLUMNS = 120  # no line of a page is longer
 PORTS = (50051, 50052, 8080, 9464)  # of gRPC, the encoder, HTTP and metrics, in pages
 # The ports that nobody names: where `preread` listens and calls without a word, by command.
 _WHERE = """
-case "$1" in
+for word do case "$word" in -*) ;; *) break ;; esac; done
+case "$word" in
 serve) export PREREAD_PORT={50051} PREREAD_ENCODER_PORT=${PREREAD_ENCODER_PORT-{50052}} ;;
 encode-worker) export PREREAD_PORT={50052} ;;
 *) export PREREAD_ADDRESS=127.0.0.1:{50051} ;;
@@ -58,23 +63,30 @@ class Running:
         self.shown = ""
         self.status: int | None = None  # while it runs
         self._news = threading.Condition()
+        ours, its = pty.openpty()
+        termios.tcsetwinsize(its, (24, COLUMNS))
+        how = termios.tcgetattr(its)
+        how[1] &= ~termios.OPOST  # lines end in LF alone
+        how[3] &= ~termios.ECHO  # pages show what is typed; see transcripts.py
+        termios.tcsetattr(its, termios.TCSANOW, how)
+        os.write(ours, answers.encode())
         self._process = subprocess.Popen(
-            ["bash", "-c", command], cwd=directory, env=environment, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            ["bash", "-c", command], cwd=directory, env=environment, stdin=its, stdout=its, stderr=its,
+            process_group=0,  # as a job of a shell: what it leaves in the background goes on
         )  # fmt: skip
-        assert self._process.stdin is not None
-        self._process.stdin.write(answers.encode())
-        self._process.stdin.close()
-        self._reader = threading.Thread(target=self._read, daemon=True)
+        os.close(its)
+        self._reader = threading.Thread(target=self._read, args=(ours,), daemon=True)
         self._reader.start()
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with self._news:
-                self.shown += line.decode()
-                self._news.notify_all()
-        self._process.stdout.close()
+    def _read(self, ours: int) -> None:
+        shown = b""
+        with suppress(OSError):  # how it ends: every process has closed its side
+            while some := os.read(ours, 1 << 16):
+                shown += some
+                with self._news:
+                    self.shown = shown.decode(errors="ignore")  # the last character may not be complete
+                    self._news.notify_all()
+        os.close(ours)
         with self._news:
             self.status = self._process.wait()
             self._news.notify_all()
@@ -123,7 +135,8 @@ class Terminal:
             "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(warm.socket.parent),
         }
-        own |= {"LC_ALL": "C.UTF-8", "COLUMNS": "80", "TORCH_COMPILE_DISABLE": "1"}  # compiling takes seconds a server
+        own |= {"LC_ALL": "C.UTF-8", "TERM": "dumb"}  # without bars that are drawn over
+        own |= {"TORCH_COMPILE_DISABLE": "1"}  # compiling takes seconds a server
         self._environment = {**os.environ, **own, "PYTHONUNBUFFERED": "1"}
 
     def run(self, block: Block) -> None:

@@ -108,3 +108,13 @@ def test_a_server_runs_until_the_next_of_its_kind(terminal: Terminal) -> None:
     )
     terminal.run(console(serve, "...", "ready in 1.0 s", "^C", "stopping     calls in flight have 30 s to finish"))
     terminal.run(console("$ curl -s localhost:8080/health", "$ echo $?", "7"))
+
+
+def test_a_command_has_a_terminal(terminal: Terminal) -> None:
+    terminal.run(console("$ test -t 0 && test -t 1 && test -t 2 && stty size", "24 120"))
+    terminal.run(console("$ preread stats --json", "[]"))  # what is written as a file is, to a stream that cannot seek
+
+
+def test_what_is_left_in_the_background_goes_on(terminal: Terminal) -> None:
+    left = "$ (sleep 0.2; echo done > done.txt) < /dev/null > left.log 2>&1 &"
+    terminal.run(console(left, "$ until cat done.txt 2> /dev/null; do sleep 0.05; done", "done"))

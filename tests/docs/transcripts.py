@@ -9,6 +9,7 @@ followed by what is seen, standard output and error together. Nothing after a co
   (hexadecimal) digits, before `ms`, `s` or a unit per second, and dates with times. All others compare as written.
 - `^C` is Ctrl-C, typed once everything above it has been seen.
 - What follows `[y/N]: ` is typed as the answer.
+- Standard input, output and error are a terminal of 120 columns.
 - A command exits with 0, unless `echo $?` is the next.
 - `preread serve` and `preread encode-worker` keep running, as in a terminal next to the others: only what follows them
   must have been seen. Another one of the same kind replaces them, so that they may have the same ports.
@@ -53,7 +54,8 @@ class Step:
     @property
     def server(self) -> str | None:
         """Which server it starts, if it starts one."""
-        return next((words[1] for words in typed(self.command) if words[1:2] and words[1] in SERVERS), None)
+        named = (next((word for word in words[1:] if word[0] != "-"), "") for words in typed(self.command))
+        return next((name for name in named if name in SERVERS), None)
 
     @property
     def seen(self) -> list[str]:

@@ -65,6 +65,7 @@ def wait_for_a_command(listener: socket.socket) -> None:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
+        open_streams()
         os.chdir(told["directory"])
         os.environ.clear()
         os.environ.update(told["environment"])
@@ -73,6 +74,13 @@ def wait_for_a_command(listener: socket.socket) -> None:
     for stream in (0, 1, 2, *streams):
         os.close(stream)
     watch(connection, command)
+
+
+def open_streams() -> None:
+    """As Python does at its start: those of the process that forked know its log, which can seek."""
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", 1, "utf-8", "surrogateescape", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
 
 
 def watch(connection: socket.socket, command: int) -> None:
