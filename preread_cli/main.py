@@ -79,12 +79,14 @@ def cli(debug: bool) -> None:
 
     \b
     In two steps:
-      preread index passages.jsonl --collection docs     once, slow
-      preread serve                                      then this answers
+      preread index passages.jsonl --collection docs-1 --alias docs     once, slow
+      preread serve                                                     then this answers
 
     \b
     and, while it runs, in another terminal:
       preread rerank "why is the sky blue" --collection docs
+
+    A second collection, docs-2, takes the alias over when the first is to be replaced.
 
     Every option can also be set in the environment: --store is PREREAD_STORE. Or in a file, which every
     command takes with --config, or by PREREAD_CONFIG: store = "...", for one command below its name: [serve].

@@ -22,6 +22,7 @@ from tests.docs.transcripts import Block, Step, pattern
 GRPCURL = Path(__file__).with_name("grpcurl.py")
 WARM = Path(__file__).with_name("warm.py")
 PATIENCE_SECONDS = 120
+_UNSEEN = re.compile(r"\x1b\[[0-9;]*m|\r(?=\n)")  # curl shows names of headers in bold
 COLUMNS = 120  # no line of a page is longer
 PORTS = (50051, 50052, 8080, 9464)  # of gRPC, the encoder, HTTP and metrics, in pages
 # The ports that nobody names: where `preread` listens and calls without a word, by command.
@@ -84,7 +85,7 @@ class Running:
             while some := os.read(ours, 1 << 16):
                 shown += some
                 with self._news:
-                    self.shown = shown.decode(errors="ignore")  # the last character may not be complete
+                    self.shown = _UNSEEN.sub("", shown.decode(errors="ignore"))  # the end may not be complete
                     self._news.notify_all()
         os.close(ours)
         with self._news:
