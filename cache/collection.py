@@ -86,7 +86,8 @@ class Collection:
         while (manifest := store.read_manifest(name)) is None and name != before:
             name, before = store.resolve(name_or_alias), name  # it may have been renamed since the alias was read
         if manifest is None:
-            raise errors.CollectionNotFound(f"collection: {name_or_alias!r} does not exist, the store has: {_names(store)}")
+            known = _names(store)
+            raise errors.CollectionNotFound(f"collection: {name_or_alias!r} does not exist, the store has: {known}")
         if fingerprint is not None:
             _check_encoder(manifest, fingerprint, checkpoint)
         return cls(store, manifest)

@@ -222,6 +222,10 @@ def test_creating_twice(store, collection, make_manifest):
 def test_an_unknown_name_tells_what_there_is(store, collection):
     with pytest.raises(CollectionNotFound, match=r"'passagse'.*passages"):
         Collection.open(store, "passagse")
+    store.set_alias("live", "passages")
+    store.set_alias("docs", "passages")
+    with pytest.raises(CollectionNotFound, match=r"the store has: passages \(alias docs, live\)"):
+        Collection.open(store, "passagse")
 
 
 def test_rebuilding_beside_and_moving_the_alias_over(store, collection, make_manifest):

@@ -119,6 +119,15 @@ def test_strict_stops_at_the_first_refusal_and_keeps_what_came_before(encoder: P
     assert store.aliases() == {}
 
 
+def test_an_alias_is_moved_and_what_it_was_is_told(encoder: PassageEncoder, store: Store, passages: Make) -> None:
+    live, moves = IndexOptions(alias="live"), []
+    for name in ("docs-1", "docs-1", "docs-2"):
+        report = index(passages(["one"]), encoder, store, name, options=live)
+        moves.append((report.alias, report.alias_was))
+    assert moves == [("live", None), ("live", None), ("live", "docs-1")]
+    assert store.aliases() == {"live": "docs-2"}
+
+
 def test_a_passage_with_nan_states_is_refused_alone(
     encoder: PassageEncoder, store: Store, real_texts: list[str], passages: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,17 +179,18 @@ def test_stop_keeps_what_was_encoded_and_a_rerun_does_the_rest(
     assert (second.num_unchanged, second.num_stored) == (first.num_stored, 60 - first.num_stored)
 
 
-def test_reading_that_blocks_does_not_hold_up_a_stop(encoder: PassageEncoder, store: Store) -> None:
+def test_reading_that_blocks_does_not_hold_up_a_stop(encoder: PassageEncoder, store: Store, passages: Make) -> None:
     stop, never = threading.Event(), threading.Event()
 
     def blocked() -> Iterator[SourcePassage]:
+        yield from passages(["one", "two"])
         threading.Timer(0.2, stop.set).start()
         never.wait(20)
-        yield from ()
 
     report = index(blocked(), encoder, store, "docs", stop=stop)
     never.set()
     assert report.interrupted
+    assert report.num_read == 2  # of a batch that was not full
     assert report.seconds < 10
 
 
