@@ -153,7 +153,7 @@ def held(
                 if wait_until is None:
                     raise
                 if told != str(exc):
-                    log.warning("waiting: %s", exc)
+                    log.warning("waiting: %s", str(exc).rpartition("; ")[0])  # not: try again
                 told = str(exc)
             if wait_until.wait(_WAIT_SECONDS):
                 yield None

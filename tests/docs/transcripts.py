@@ -9,7 +9,7 @@ followed by what is seen, standard output and error together. Nothing after a co
   (hexadecimal) digits, before `ms`, `s` or a unit per second, and dates with times. All others compare as written.
 - `^C` is Ctrl-C, typed once everything above it has been seen.
 - What follows `[y/N]: ` is typed as the answer.
-- Standard input, output and error are a terminal of 120 columns.
+- Standard input, output and error are a terminal of 120 columns; colours do not count.
 - A command exits with 0, unless `echo $?` is the next.
 - `preread serve` and `preread encode-worker` keep running, as in a terminal next to the others: only what follows them
   must have been seen. Another one of the same kind replaces them, so that they may have the same ports.
