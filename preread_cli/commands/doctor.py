@@ -294,10 +294,10 @@ def health(**given: Any) -> None:
     Of several addresses each must be ready. Exit codes: 0 ready, 2 no such service, 3 not ready or unreachable.
     """
     answers = [_asked(one, given) for one in Argument("address", flags.addresses(given)).addresses()]
-    service = f" ({given['service']})" if given["service"] else ""
+    state = {"": "ready", "live": "live"}.get(given["service"], f"ready ({given['service']})")
     late = [one for one in answers if one["status"] != "SERVING"]
     if not late or given["as_json"]:
-        lines = "\n".join(f"{one['address']} is ready{service}" for one in answers)
+        lines = "\n".join(f"{one['address']} is {state}" for one in answers)
         print_result(answers if len(answers) > 1 else answers[0], lines, as_json=given["as_json"])
     for one in late:
         message = f"the server at {one['address']} says: {given['service'] or 'it'} is not ready ({one['status']})"

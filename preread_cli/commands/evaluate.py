@@ -135,7 +135,7 @@ def tune(ctx: click.Context, /, **options: Any) -> None:
       preread tune scifact/ --stored-ratios 4 --codecs "SQ8 B32,SQ4" --cascades "32:20,4"
     \b
     and then, with what it chose:
-      preread index passages.jsonl --collection docs --config preread-tune/preread.toml
+      preread index passages.jsonl --collection docs-2 --alias docs --config preread-tune/preread.toml
       preread serve --config preread-tune/preread.toml
     """
     import tuning.sweep.page  # noqa: F401 - packages that it lacks show now, not after hours

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -207,13 +209,16 @@ def _write_ids(file: Path | None, store: Store, report: IndexReport) -> None:
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
     """Set by the first SIGINT, SIGTERM or SIGHUP (unless ignored, as by nohup); a second one has its usual effect."""
-    stop = threading.Event()
+    stop, said = threading.Event(), "stopping: what is encoded is being stored (once more to stop at once)"
 
     def tell(number: int, frame: object) -> None:
         stop.set()
         usual.close()
         with suppress(OSError):  # of a terminal that is gone
-            print_parts("stopping: what is encoded is being stored (once more to stop at once)", err=True)
+            try:
+                print_parts(said, err=True)
+            except RuntimeError:  # the signal came amid a write to this very stream
+                os.write(sys.stderr.fileno(), f"{said}\n".encode())
 
     with ExitStack() as usual:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

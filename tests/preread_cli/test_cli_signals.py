@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -199,3 +203,26 @@ def test_output_that_its_encoding_cannot_show_is_escaped(tmp_path: Path, encodin
     # click takes ASCII for a setting that no one meant, and writes UTF-8 there
     assert ("\\u043c" if encoding == "latin-1" else "модель").encode() in done.stdout
     assert not done.stderr
+
+
+def test_a_signal_amid_a_write_to_standard_error_stops_an_index_run_too() -> None:
+    script = (
+        "import sys\nfrom preread_cli.commands.index import stopping\n"
+        "with stopping() as stop:\n    print('begun', flush=True)\n    sys.stderr.write('x' * 500_000 + '\\n')\n"
+        "    sys.stderr.flush()\n    print(stop.is_set())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "begun\n"
+        pipe, held = process.stderr.fileno(), array.array("i", [0])
+        while held[0] < fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ):  # until the write has to wait
+            fcntl.ioctl(pipe, termios.FIONREAD, held)
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "True\n"), err[-500:]
+    assert "stopping: what is encoded is being stored" in err
