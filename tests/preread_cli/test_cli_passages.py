@@ -95,7 +95,7 @@ def test_a_passage_is_shown_as_it_is_stored(store: str) -> None:
     assert cut["size_bytes"] > 2 * DIM * 2
     table = run("show", "docs", "p1", store=store).stdout
     rows = [line.split(maxsplit=1) for line in table.splitlines()]
-    assert [["record", "sound"], ["tokens", "7, cut at the limit"]] == rows[1:3]
+    assert rows[1:3] == [["record", "sound"], ["tokens", "7, cut at the limit"]]
     assert rows[3] == ["states", "2 of 8 values, compression ratio 4"]
     assert rows[-1] == ["text", "p1 p1"]
 
