@@ -4,7 +4,7 @@
     python -m benchmarks.lookup [--model nano|mini] [--requests 5] [--quick]
 
 100 passages of 344 tokens are indexed by `preread index` at r = 4. A real `preread serve` answers HTTP requests of one
-client, in a process of its own, that asks again as soon as it is answered: cohere's ClientV2 with the passages as
+client in another process, which asks again as soon as it is answered: cohere's ClientV2 with the passages as
 `documents`, or the same request with their ids. Every row is the median over requests with another query each.
 `caches off` is without KV and prefix caches, and without the one of states encoded on demand; `caches hot` has all
 passages in both. nano has random weights in the shape of KaLM-Reranker-V1-Nano; mini is the shipped model.
