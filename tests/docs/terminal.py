@@ -22,6 +22,7 @@ from tests.docs.transcripts import Block, Step, pattern
 GRPCURL = Path(__file__).with_name("grpcurl.py")
 WARM = Path(__file__).with_name("warm.py")
 PATIENCE_SECONDS = 120
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as in other tests: several wait for each other where processors are busy
 _UNSEEN = re.compile(r"\x1b\[[0-9;]*m|\r(?=\n)")  # curl shows names of headers in bold
 COLUMNS = 120  # no line of a page is longer
 PORTS = (50051, 50052, 8080, 9464)  # of gRPC, the encoder, HTTP and metrics, in pages
@@ -43,7 +44,9 @@ class Warm:
         self.socket = directory / "warm"  # of a short name: a socket's path has at most 107 bytes
         self._log = directory / "warm.log"
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen([sys.executable, WARM, self.socket], stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                [sys.executable, WARM, self.socket], stdout=log, stderr=log, env=os.environ | ONE_THREAD
+            )
 
     def wait(self) -> None:
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -138,7 +141,7 @@ class Terminal:
         }
         own |= {"LC_ALL": "C.UTF-8", "TERM": "dumb"}  # without bars that are drawn over
         own |= {"TORCH_COMPILE_DISABLE": "1"}  # compiling takes seconds a server
-        self._environment = {**os.environ, **own, "PYTHONUNBUFFERED": "1"}
+        self._environment = {**os.environ, **own, **ONE_THREAD, "PYTHONUNBUFFERED": "1"}
 
     def run(self, block: Block) -> None:
         """Type and check what a block shows; an AssertionError says which line was not seen."""
