@@ -145,8 +145,9 @@ def cpp_compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def tune_process(num_threads: int | None = None) -> None:
+def tune_process(num_threads: int | None = None, *, one_heap: bool = False) -> None:
     """Process-wide settings for steady inference; called once by the owner of the process.
+    `one_heap`: what a thread frees serves the others, for processes with few threads: each would keep its own most.
     torch counts processors, and does not know that a container's quota pays for fewer of them; more threads than that
     are stopped together for part of every period. So without a number there are at most as many as the quota allows.
     """
@@ -159,6 +160,8 @@ def tune_process(num_threads: int | None = None) -> None:
     # which costs more than the arithmetic on them: keep them. Other C libraries have no mallopt.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3
+        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
         mallopt(m_mmap_threshold, 1 << 30)
         mallopt(m_trim_threshold, (1 << 31) - 1)
+        if one_heap:
+            mallopt(m_arena_max, 1)

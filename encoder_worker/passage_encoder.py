@@ -19,7 +19,7 @@ States = NDArray[np.float32]
 TOKENIZE_TEXTS = 64  # at a time, so that a cancelled call is noticed in between
 # Padded tokens of one pass, and how many may all be padding. A CPU runs at full rate far below; a GPU needs more to be
 # busy, and a pass that is mostly launching kernels may as well carry padding.
-_BATCH_TOKENS = {"cpu": (4096, 0), "cuda": (65_536, 4096)}
+_BATCH_TOKENS = {"cpu": (2048, 0), "cuda": (65_536, 4096)}
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def load_encoder(options: Mapping[str, Any], **limits: Any) -> PassageEncoder:
     from checkpoint.compute import tune_process
     from encoder_worker.passage_encoder import PassageEncoder
 
-    tune_process(options["threads"])
+    tune_process(options["threads"], one_heap=True)
     torch.set_flush_denormal(True)  # a setting of the thread
     names = ("device", "dtype", "read_control_tokens", "max_passage_tokens", "max_batch_tokens")
     return PassageEncoder.load(options["model"], **{name: options[name] for name in names if name in options} | limits)

@@ -59,6 +59,8 @@ def _serving(checkpoint: Path, directory: Path, *flags: str) -> Iterator[Server]
     command = _preread("serve", "--model", str(checkpoint), "--store", f"faiss:{directory / 'store'}")
     # Without tiers the same request has the same score to the last digit, whichever client asks.
     command += ["--keys-cache-bytes", "0", "--prefix-cache-bytes", "0"]
+    # Texts are looked up where one test puts them, so that no other test's collection decides how they are scored.
+    command += ["--lookup", "found"]
     command += ["--port", "0", "--encoder-port", "0", "--http-port", "0", "--threads", "1", "--dtype", "float32"]
     with (
         log.open("wb") as output,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import cohere
+import httpx
 import pytest
 
 NO_RETRY = {"max_retries": 0}
@@ -105,3 +106,15 @@ def test_overload_that_passes(make, guarded, key, model, query, documents):
             for _ in range(8)
         ]
         assert all(len(call.result().results) == 80 for call in calls)
+
+
+def test_texts_that_were_indexed_are_scored_from_stored_states(client, server, model, query):
+    texts = ["Stored once, and read by every query.", "A second passage that is stored."]
+    passages = [{"id": f"p{i}", "text": text} for i, text in enumerate(texts)]
+    stored = httpx.post(f"{server.url}/v1/collections/found/passages", json={"passages": passages}, timeout=60)
+    assert stored.status_code == 200, stored.text
+
+    asked = client.with_raw_response.rerank(model=model, query=query, documents=[*texts, "Sent for the first time."])
+
+    assert asked.headers["x-preread-lookup"] == "2/3"
+    assert len(asked.data.results) == 3
