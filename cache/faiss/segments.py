@@ -14,6 +14,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise, repeat
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class SegmentFiles:
 
         What FAISS would write, without the copies of all codes that its index and its writer take.
         """
-        head, tail = _around_codes(codec, sum(map(len, parts)))
+        head, tail = _layout(codec).around(sum(map(len, parts)))
         name = uuid.uuid4().hex + ".faiss"
         aside = self.directory / (name + ".tmp")
         try:
@@ -212,30 +213,38 @@ def _runs(ranges: _Ranges, code_size: int) -> Iterator[tuple[int, list[int]]]:
         yield first, run
 
 
-def _around_codes(codec: Codec, num_rows: int) -> tuple[_Codes, _Codes]:
-    """The bytes before and after the codes of a segment file of so many rows.
+@dataclass(frozen=True)
+class _Layout:
+    """The bytes before and after the codes of a segment file."""
 
-    Of an index with one row, its two counts replaced: the rows, and last the codes, in bytes or numbers. Raises
-    CacheError where files of a few rows are laid out otherwise.
-    """
+    head: _Codes  # of a file of one row
+    counts: dict[int, int]  # by offset in the head: a count of one row, in rows, bytes or numbers
+    tail: _Codes
+
+    def around(self, num_rows: int) -> tuple[_Codes, _Codes]:
+        head = self.head.copy()
+        for at, count in self.counts.items():
+            head[at : at + 8] = np.frombuffer(struct.pack("<Q", count * num_rows), np.uint8)
+        return head, self.tail
+
+
+@lru_cache(maxsize=8)  # FAISS writes a codec's tables with every index: 50 ms for a residual quantizer
+def _layout(codec: Codec) -> _Layout:
+    """Of an index with one row. Raises CacheError where files of a few rows are laid out otherwise."""
 
     def serialised(num_rows: int, fill: int) -> _Codes:
         index = codec.new_index()
         index.add_sa_codes(np.full((num_rows, codec.code_size_bytes), fill, dtype=np.uint8))
         return np.asarray(faiss.serialize_index(index))
 
-    def counted(num_rows: int) -> _Codes:
-        head = one[:offset].copy()
-        for at, count in counts.items():
-            head[at : at + 8] = np.frombuffer(struct.pack("<Q", count * num_rows), np.uint8)
-        return head
-
     one = serialised(1, 0x00)
     offset = int(np.argmax(one != serialised(1, 0xFF)))  # the first byte that the codes change
     (length,) = struct.unpack("<Q", one[offset - 8 : offset].data)
-    counts, tail = {_ROWS_OFFSET: 1, offset - 8: length}, one[offset + codec.code_size_bytes :]
+    counts = {_ROWS_OFFSET: 1, offset - 8: length}
+    layout = _Layout(one[:offset].copy(), counts, one[offset + codec.code_size_bytes :].copy())
     for few in (2, 259):
+        head, tail = layout.around(few)
         codes = np.zeros(few * codec.code_size_bytes, np.uint8)
-        if not np.array_equal(serialised(few, 0x00), np.concatenate([counted(few), codes, tail])):
+        if not np.array_equal(serialised(few, 0x00), np.concatenate([head, codes, tail])):
             raise CacheError(f"segment: FAISS did not lay out {codec.factory} codes at offset {offset}")
-    return counted(num_rows), tail
+    return layout
