@@ -57,8 +57,7 @@ class MemoryStore(Store):
     def put_many(self, storage_name: str, records: Mapping[str, Record]) -> None:
         packed = {id_: record.pack(passage_id_bytes(id_)) for id_, record in records.items()}
         with self._lock:
-            if storage_name not in self._values:
-                raise CollectionNotFound(f"collection: {storage_name!r} does not exist in this store")
+            self._require_stored(storage_name)
             self._forget_texts(storage_name, packed)
             self._values[storage_name].update(packed)
             for passage_id, record in records.items():
@@ -101,8 +100,7 @@ class MemoryStore(Store):
         return True
 
     def index_texts(self, storage_name: str, on_progress: OnProgress | None = None) -> None:
-        if storage_name not in self._texts:  # they are kept with every write
-            raise CollectionNotFound(f"collection: {storage_name!r} does not exist in this store")
+        self._require_stored(storage_name)  # the index is kept with every write
 
     def stats(self, storage_name: str) -> StoreStats:
         return StoreStats.of(self.headers_many(storage_name, self._ids(storage_name)))
@@ -191,6 +189,10 @@ class MemoryStore(Store):
                 ids.discard(passage_id)
                 if not ids:
                     del self._texts[storage_name][header.text_digest]
+
+    def _require_stored(self, storage_name: str) -> None:
+        if storage_name not in self._values:
+            raise CollectionNotFound(f"collection: {storage_name!r} does not exist in this store")
 
     def _find(self, storage_name: str, passage_ids: Sequence[str]) -> list[bytes | None]:
         with self._lock:

@@ -142,11 +142,12 @@ class FaissStore(Store):
 
     def index_texts(self, storage_name: str, on_progress: OnProgress | None = None) -> None:
         """Of every collection of the catalogue, in one transaction; writers wait for it, and readers do not."""
-        with self._writing(), self._catalogue.writing() as connection:
-            if self._find(connection, storage_name) is None:
-                raise CollectionNotFound(f"collection: {storage_name!r} does not exist in this store")
-            if not has_text_index(connection):
-                make_text_index(connection)
+        self._check_exists(storage_name)
+        with self._writing():
+            self._require(storage_name)
+            with self._catalogue.writing() as connection:
+                if not has_text_index(connection):
+                    make_text_index(connection)
 
     def stats(self, storage_name: str) -> StoreStats:
         # As the triggers keep count; `audit` compares them with the rows.
