@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 # Sent by clients that were not given a model: the 4D AI Kit's example, infinity_client's default.
 DEFAULT_NAMES = frozenset({"default", "default/not-specified"})
 ANY_MODEL = "*"
-NO_LOOKUP = "none"
 
 
 def parse_lookup(text: str) -> tuple[str, ...] | None:
@@ -24,10 +23,10 @@ def parse_lookup(text: str) -> tuple[str, ...] | None:
     names = tuple(name.strip() for name in text.split(","))
     if names in (("",), ("all",)):
         return None
-    if names == (NO_LOOKUP,):
+    if names == ("none",):
         return ()
-    if "" in names or len({*names}) < len(names) or {"all", NO_LOOKUP}.intersection(names):
-        raise ValueError(f"lookup is {text!r:.200}; expected names of collections, each once, or all, or {NO_LOOKUP}")
+    if "" in names or len({*names}) < len(names) or {"all", "none"}.intersection(names):
+        raise ValueError(f"lookup is {text!r:.200}; expected names of collections, each once, or all, or none")
     return names
 
 

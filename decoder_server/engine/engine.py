@@ -58,8 +58,8 @@ class Engine:
         self._idle = asyncio.Event()
         self._idle.set()
         self.catalogue = Catalogue(store, backend.identity(), limits.max_staleness_seconds)
-        names = limits.lookup if not self.reads_text else ()
-        self.lookup = Lookup(self.catalogue, names, limits.max_staleness_seconds)
+        is_off = self.reads_text or limits.lookup == ()
+        self._lookup = None if is_off else Lookup(self.catalogue, limits.lookup, limits.max_staleness_seconds)
         min_tokens, max_tokens = BATCH_TOKENS[backend.device_name.split(":")[0]]
         if limits.max_batch_tokens is not None:
             min_tokens = max_tokens = limits.max_batch_tokens
@@ -220,11 +220,10 @@ class Engine:
 
     async def _lookup_of(self, request: RerankRequest, named: Collection | None) -> list[Collection]:
         """Where texts of the request may be stored: in the collection that it names, then in those of the lookup."""
-        is_off = self.reads_text or self.limits.lookup == ()
-        if is_off or all(candidate.text is None for candidate in request.candidates):
+        if self._lookup is None or all(candidate.text is None for candidate in request.candidates):
             return []
-        looked_up = self.lookup.fresh()
-        looked_up = await self.call(self.lookup.open) if looked_up is None else looked_up
+        looked_up = self._lookup.fresh()
+        looked_up = await self.call(self._lookup.open) if looked_up is None else looked_up
         permitted = (one.collection for one in looked_up if permits(*one.names))
         own = [named] if named is not None else []
         return list({one.name: one for one in (*own, *permitted)}.values())

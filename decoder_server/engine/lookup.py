@@ -42,8 +42,7 @@ class Lookup:
 
     def fresh(self) -> tuple[LookedUp, ...] | None:
         """The collections, if they were looked at a moment ago; never blocks on the store."""
-        is_fresh = self._names == [] or time.monotonic() - self._checked < self._check_seconds
-        return self._opened if is_fresh else None
+        return self._opened if time.monotonic() - self._checked < self._check_seconds else None
 
     def open(self) -> tuple[LookedUp, ...]:
         """The collections as they are now, or as they were when the store last answered. Blocks on the store."""

@@ -8,8 +8,8 @@ from itertools import accumulate
 from decoder_server.config import DecoderConfig
 from preread.errors import InvalidRequest
 from preread.values import MAX_NUMBER, RerankRequest, Stage, stages_problem
+from preread_edge.access import MAX_NAME_CHARS
 
-MAX_NAME_CHARS = 128  # of a collection, as in the cache; a longer name is not even looked up
 TEXT_RATIO = 0  # of a model that reads text
 MAX_RATIO = 32  # the coarsest that models are trained for
 
