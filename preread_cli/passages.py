@@ -10,9 +10,7 @@ from preread_cli.failures import UNAVAILABLE, CommandFailed
 from preread_cli.terminal import print_some
 
 MAX_LISTINGS = 3  # of a collection: one that is cut short begins again at the first page
-
-
-MAX_SHOWN = 5
+MAX_SHOWN = 5  # ids that a command names where many are wrong
 
 
 def read_ids(source: str) -> list[str]:
@@ -22,17 +20,15 @@ def read_ids(source: str) -> list[str]:
     return [line.strip() for _, line in JudgedFile(source).lines()]
 
 
-def write_ids(file: IO[str], ids: Iterable[str]) -> int:
-    """One id a line, for `read_ids`; how many. Says which cannot be written so: they would be read as others."""
-    num_written, others = 0, []
+def write_ids(file: IO[str], ids: Iterable[str]) -> None:
+    """One id a line, for `read_ids`. Says which cannot be written so: they would be read as others."""
+    others = []
     for passage_id in ids:
         if passage_id != passage_id.strip() or "\n" in passage_id or passage_id.startswith("\ufeff"):
             others.append(repr(passage_id))
             continue
         file.write(f"{passage_id}\n")
-        num_written += 1
     print_some("left out, no line of a file can hold it", others, MAX_SHOWN, err=True)
-    return num_written
 
 
 def passage_ids(client: preread.Client, given: Mapping[str, Any], max_listed: int | None = None) -> list[str]:

@@ -183,7 +183,7 @@ def print_result(values: Mapping[str, Any] | Sequence[Mapping[str, Any]], line: 
     if as_json:
         print_json(values)
     else:
-        click.echo(line)
+        print_parts(line)
 
 
 def print_some(

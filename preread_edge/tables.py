@@ -163,6 +163,12 @@ def print_parts(*parts: Cell | Table, err: bool = False) -> None:
     click.echo(captured.get(), None if isinstance(stream, io.TextIOWrapper) else stream, nl=False, err=err)
 
 
+def print_tables(tables: Iterable[Table]) -> None:
+    """One below the other, with an empty line between."""
+    for number, table in enumerate(tables):
+        print_parts(*[""] * (number > 0), table)
+
+
 def paragraph(text: Cell, width: int | None) -> Iterator[Text]:
     """Its lines, each wrapped between words, and indented as it begins."""
     whole = _text(text)

@@ -20,7 +20,7 @@ from preread_cli.models import compute_options, load_encoder, model_option
 from preread_cli.passages import write_ids
 from preread_cli.terminal import confirm, print_json, print_result, print_some, progress_bar
 from preread_edge.outputs import human_bytes, is_stdout, open_output
-from preread_edge.tables import Table, print_parts
+from preread_edge.tables import Table, print_parts, print_tables
 
 if TYPE_CHECKING:
     from cache.store import Store
@@ -74,8 +74,7 @@ def stats(ctx: click.Context, /, collection: str | None, as_json: bool, store: s
     if as_json:
         print_json(rows)
     elif rows:
-        for number, row in enumerate(rows):
-            print_parts(*[""] * (number > 0), _described(row))
+        print_tables(map(_described, rows))
     elif not unreadable:
         print_parts(f"{masked(store, 'store')} holds no collection; `preread index` makes one.")
     for name, reason in unreadable.items():

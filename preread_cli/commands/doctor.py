@@ -299,8 +299,9 @@ def health(**given: Any) -> None:
     if not late or given["as_json"]:
         lines = "\n".join(f"{one['address']} is {state}" for one in answers)
         print_result(answers if len(answers) > 1 else answers[0], lines, as_json=given["as_json"])
-    for one in late:
-        message = f"the server at {one['address']} says: {given['service'] or 'it'} is not ready ({one['status']})"
+    if late:
+        address, status = late[0]["address"], late[0]["status"]
+        message = f"the server at {address} says: {given['service'] or 'it'} is not ready ({status})"
         raise CommandFailed(message, UNAVAILABLE)
 
 

@@ -200,7 +200,7 @@ def _write_ids(file: Path | None, store: Store, report: IndexReport) -> None:
     if file is None:
         return
     if not report.complete:  # ids of what was not read would look as if the input lacked them
-        click.echo(f"{file}: not written, because the input was not read to its end", err=True)
+        print_parts(f"{file}: not written, because the input was not read to its end", err=True)
         return
     with open_output(file) as out:
         write_ids(out, ids_not_in_input(store, report))

@@ -14,7 +14,7 @@ from preread_cli.flags import option
 from preread_cli.passages import MAX_SHOWN, read_ids
 from preread_cli.terminal import confirm, print_json, print_some
 from preread_edge.outputs import human_bytes
-from preread_edge.tables import Table, print_parts
+from preread_edge.tables import Table, print_parts, print_tables
 
 if TYPE_CHECKING:
     from cache.collection import Collection
@@ -72,7 +72,7 @@ def remove(
     else:
         print_some("not stored", missing, MAX_SHOWN, err=True)
         space = f"; `preread collection compact {target.name}` frees their space" if can_compact and num_removed else ""
-        click.echo(f"{target.name}: {num_removed:,} passages removed, {len(missing):,} not stored{space}")
+        print_parts(f"{target.name}: {num_removed:,} passages removed, {len(missing):,} not stored{space}")
     if missing:
         ctx.exit(BAD_ITEMS)
 
@@ -109,8 +109,7 @@ def show(ctx: click.Context, /, collection: str, ids: tuple[str, ...], as_json: 
     if as_json:
         print_json(rows)
     else:
-        for i, row in enumerate(rows):
-            print_parts(*([""] if i else []), _described(row))
+        print_tables(map(_described, rows))
     if not all(row["sound"] for row in rows):
         ctx.exit(BAD_ITEMS)
 

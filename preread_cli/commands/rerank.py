@@ -33,7 +33,7 @@ from preread.values import (
 from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
 from preread_cli.flags import option
-from preread_cli.passages import passage_ids
+from preread_cli.passages import MAX_SHOWN, passage_ids
 from preread_cli.terminal import print_json, print_some, progress_bar
 from preread_edge.outputs import human_bytes, is_stdout, open_output
 from preread_edge.tables import NUMBER, TEXT, WHOLE, Cell, Column, Table, print_parts
@@ -45,7 +45,6 @@ Score = Callable[[str, Sequence[Candidate]], Reranking]
 
 MAX_WHOLE_COLLECTION = 5000  # to try things out with; beyond this a first stage chooses candidates
 DEFAULT_TOP_N = 10
-MAX_SHOWN = 5
 MAX_TEXT_CHARACTERS = 400
 CHUNK = 64  # passages of one warming call: the bar moves on after each, and no request to the server waits for it long
 CACHE_FLAGS = {"keys": "--keys-cache-bytes", "prefixes": "--prefix-cache-bytes"}
