@@ -101,22 +101,38 @@ def tiny_tokenizer(tiny_checkpoint: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def pem(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A self-signed certificate of 127.0.0.1, which is its own authority, and its key."""
-    directory = tmp_path_factory.mktemp("tls")
+def make_certificate() -> Callable[[Path, str], tuple[Path, Path]]:
+    """make_certificate(directory, address): files of a self-signed certificate, its own authority, and its key."""
+    return _make_certificate
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Files of a certificate of 127.0.0.1, and its key."""
+    return _make_certificate(tmp_path_factory.mktemp("tls"), "127.0.0.1")
+
+
+@pytest.fixture(scope="session")
+def pem(certificate: tuple[Path, Path]) -> tuple[str, str]:
+    """The same, as settings name them."""
+    cert_file, key_file = certificate
+    return str(cert_file), str(key_file)
+
+
+def _make_certificate(directory: Path, address: str) -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "preread test")])
     now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
     builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - day, now + day)
-    built = builder.add_extension(address, critical=False)
+    built = builder.add_extension(names, critical=False)
     built = built.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     cert_file, key_file = directory / "cert.pem", directory / "key.pem"
     cert_file.write_bytes(built.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
     key_file.write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
-    return str(cert_file), str(key_file)
+    return cert_file, key_file
 
 
 @dataclass(frozen=True)

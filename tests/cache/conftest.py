@@ -1,8 +1,6 @@
 """Fixtures of the cache tests: real Redis servers, and every kind of store behind one face that can damage it."""
 
-import datetime
 import importlib.util
-import ipaddress
 import sqlite3
 import sys
 import uuid
@@ -11,10 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from cache.collection import Manifest
 from cache.memory import MemoryStore
@@ -200,38 +194,11 @@ def redis_server(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def certificate(tmp_path_factory) -> Path:
-    """A throw-away self-signed certificate for 127.0.0.1: directory with cert.pem and key.pem."""
-    directory = tmp_path_factory.mktemp("tls")
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "preread test")])
-    now = datetime.datetime.now(datetime.UTC)
-    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(names, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    (directory / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (directory / "key.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return directory
-
-
-@pytest.fixture(scope="session")
-def redis_tls_server(tmp_path_factory, certificate):
+def redis_tls_server(tmp_path_factory, pem):
     server = RedisServer(
         tmp_path_factory.mktemp("redis-tls"),
-        *("--tls-cert-file", str(certificate / "cert.pem"), "--tls-key-file", str(certificate / "key.pem")),
-        *("--tls-ca-cert-file", str(certificate / "cert.pem"), "--tls-auth-clients", "no"),
+        *("--tls-cert-file", pem[0], "--tls-key-file", pem[1]),
+        *("--tls-ca-cert-file", pem[0], "--tls-auth-clients", "no"),
         tls=True,
     ).start()
     yield server
@@ -263,7 +230,7 @@ def make_backend(request, tmp_path):
             backend = RedisBackend(server, server.url)
         elif name == "rediss":
             server = request.getfixturevalue("redis_tls_server")
-            ca_file = str(request.getfixturevalue("certificate") / "cert.pem")
+            ca_file = request.getfixturevalue("pem")[0]
             backend = RedisBackend(server, server.url, tls_ca_file=ca_file)
         else:
             server = request.getfixturevalue("redis_cluster_server")

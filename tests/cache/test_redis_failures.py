@@ -240,8 +240,8 @@ def test_passwords(start, open_redis):
         assert "wr0ng" not in str(caught.value)
 
 
-def test_a_certificate_of_someone_else_is_not_trusted(redis_tls_server, certificate, open_redis, make_record):
-    trusted = open_redis(redis_tls_server.url, tls_ca_file=str(certificate / "cert.pem"))
+def test_a_certificate_of_someone_else_is_not_trusted(redis_tls_server, pem, open_redis, make_record):
+    trusted = open_redis(redis_tls_server.url, tls_ca_file=pem[0])
     assert trusted.get_many("passages", ["a"]) == [None]
     with pytest.raises(StoreUnavailable, match="certificate"):
         open_redis(redis_tls_server.url).get_many("passages", ["a"])

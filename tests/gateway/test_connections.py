@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import json
 import socket
 import ssl
 import threading
 import time
-from pathlib import Path
 
 import httpx2
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 
 def until(holds, seconds=10):
@@ -24,30 +17,6 @@ def until(holds, seconds=10):
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.005)
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> tuple[str, str]:
-    """Files of a certificate for 127.0.0.1 that signs itself, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
-    (tmp_path / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (tmp_path / "key.pem").write_bytes(pem)
-    return str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
 
 
 @pytest.mark.parametrize("sent", [b"hello\r\n\r\n", b"GET / HTTP/1.1\r\nno header\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"])
@@ -61,8 +30,8 @@ def test_what_is_no_http_gets_json_too(running, sent):
     assert json.loads(body)["error"]["message"]
 
 
-def test_tls(run, certificate, query, documents):
-    cert, key = certificate
+def test_tls(run, pem, query, documents):
+    cert, key = pem
     body = {"query": query, "documents": documents}
     with run(tls_cert_file=cert, tls_key_file=key) as secured:
         url = f"https://127.0.0.1:{secured.gateway.port}/v1/rerank"
@@ -72,8 +41,8 @@ def test_tls(run, certificate, query, documents):
             httpx2.post(url.replace("https", "http"), json=body)
 
 
-def test_a_port_that_wants_certificates_of_grpc_callers_wants_them_here(run, certificate, query, documents):
-    cert, key = certificate
+def test_a_port_that_wants_certificates_of_grpc_callers_wants_them_here(run, pem, query, documents):
+    cert, key = pem
     body = {"query": query, "documents": documents}
     with run(tls_cert_file=cert, tls_key_file=key, tls_client_ca_file=cert) as secured:
         url = f"https://127.0.0.1:{secured.gateway.port}/v1/rerank"
@@ -297,8 +266,8 @@ def _takes(client, data):
     return True
 
 
-def test_a_handshake_that_drips_is_cut(run, certificate):
-    cert, key = certificate
+def test_a_handshake_that_drips_is_cut(run, pem):
+    cert, key = pem
     with run(tls_cert_file=cert, tls_key_file=key, http={"header_seconds": 0.5}) as secured:
         came = exchange(secured.gateway.port, b"\x16\x03\x01", *[b"\x01"] * 200, pause=0.05)
         assert came == b"" or came[0] == 0x15  # nothing, or an alert
