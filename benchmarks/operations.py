@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from checkpoint.cost import decoder_flops
 from encoder_worker.encoder import BLOCK_TOKENS
 
 PROMPT_TOKENS = 72  # KaLM's template around a query of 19 tokens
@@ -87,9 +88,8 @@ class Operations:
 
     def _readout(self, tokens: int) -> int:
         """The prompt's last `tokens`; of the last layer all their keys and values, and one row of the rest."""
-        left_out = _token(self.decoder) - _keys_values(self.decoder) + self._keys * _cell(self.decoder)
-        two_rows = 2 * 2 * self.decoder.hidden_size
-        return int(_stack(self.decoder, tokens, self._keys) - (tokens - 1) * left_out + two_rows)
+        two_rows = 2 * 2 * int(self.decoder.hidden_size)
+        return decoder_flops(self.decoder, self._keys - tokens, tokens, cached=True) + two_rows
 
 
 def _stack(shape: Any, tokens: int, keys: int) -> int:
