@@ -1,4 +1,4 @@
-"""Laws of lookup by text: a text that was indexed is scored from stored states, whoever sends it."""
+"""Laws of lookup by text: a text that was indexed is scored from stored states, with any client."""
 
 from __future__ import annotations
 

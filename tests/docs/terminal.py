@@ -26,7 +26,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as in other tests: several wait for eac
 _UNSEEN = re.compile(r"\x1b\[[0-9;]*m|\r(?=\n)")  # curl shows names of headers in bold
 COLUMNS = 120  # no line of a page is longer
 PORTS = (50051, 50052, 8080, 9464)  # of gRPC, the encoder, HTTP and metrics, in pages
-# The ports that nobody names: where `preread` listens and calls without a word, by command.
+# The default ports: where `preread` listens and calls without a word, by command.
 _WHERE = """
 for word do case "$word" in -*) ;; *) break ;; esac; done
 case "$word" in

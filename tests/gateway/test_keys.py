@@ -51,8 +51,8 @@ def test_a_closer_look_needs_the_scope_of_asking(run, query, documents):
 def test_a_bound_key_reaches_its_collections_alone(run, query, documents):
     keys = ApiKeys.parse(["rerank,index@docs,live:bound-key-0123456789", "admin-key-0123456789"])
     bound, admin = {"api-key": "bound-key-0123456789"}, {"api-key": "admin-key-0123456789"}
-    secret = {"passages": [{"id": "s", "text": "what nobody else may know"}]}
-    by_text = {"query": query, "documents": [documents[0], "what nobody else may know"]}
+    secret = {"passages": [{"id": "s", "text": "what no other caller may know"}]}
+    by_text = {"query": query, "documents": [documents[0], "what no other caller may know"]}
     with run(keys=keys) as guarded:
         own = guarded.post(
             "/v1/collections/docs/passages", {"passages": [{"id": "a", "text": documents[0]}]}, headers=bound

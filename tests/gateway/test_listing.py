@@ -1,4 +1,4 @@
-"""Passages are listed to whoever may read them, and a listing that Redis cuts short can begin again."""
+"""Passages are listed to callers that may read them, and a listing that Redis cuts short can begin again."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ PASSAGES = {
 }
 COLLECTION = "a-collection-with-a-rather-long-name.v2"
 WIDTHS = (40, 80, 120)
-# Measured anew by every run: durations, speeds, memory that is free.
+# Measured by every run: durations, speeds, memory that is free.
 CHANGES = re.compile(r"[\d.,]+ (ms|s|min|h|GiB|tokens/s|passages/s)\b|\b(p50|p99) ms\b")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
