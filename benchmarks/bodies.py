@@ -255,6 +255,7 @@ def serving(model: Path) -> Iterator[tuple[psutil.Process, str, str]]:
             f"faiss:{directory}/store",
         ]
         command += ["--port", "0", "--encoder-port", "0", "--http-port", "0", "--log-level", "error", "--no-check"]
+        command += ["--score-cache-bytes", "0"]
         log = Path(directory) / "log"
         with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
             try:

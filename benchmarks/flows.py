@@ -149,13 +149,13 @@ class Served:
         words = {name: text.split() for name, _, text in (line.partition(" ") for line in said)}
         self.grpc, self.http = words["listening"][0], words["http"][0]
 
-    def recorded(self, call: Callable[[], object]) -> dict[str, Any]:
-        """The trace of the second of two calls."""
-        call()
+    def recorded(self, call: Callable[[str], object]) -> dict[str, Any]:
+        """The trace of the second of two calls, of other queries: margins of the first are kept."""
+        call("first query")
         time.sleep(0.2)  # the first call's background work ends
         self._process.send_signal(signal.SIGUSR1)
         time.sleep(0.1)
-        call()
+        call(QUERY)
         time.sleep(0.2)
         self._process.send_signal(signal.SIGUSR2)
         return read_trace(self._output)
@@ -192,15 +192,15 @@ def trace_flows(folder: Path) -> dict[str, dict[str, Any]]:
     server = Served(output, "--model", str(model), "--store", store)
     try:
         with Client(server.grpc) as client:
-            flows["gRPC"] = server.recorded(lambda: client.rerank(QUERY, IDS, collection="docs"))
-        body = {"query": QUERY, "documents": [{"id": one} for one in IDS], "collection": "docs"}
-        flows["HTTP"] = server.recorded(lambda: post(f"{server.http}/v2/rerank", body))
+            flows["gRPC"] = server.recorded(lambda query: client.rerank(query, IDS, collection="docs"))
+        body = {"documents": [{"id": one} for one in IDS], "collection": "docs"}
+        flows["HTTP"] = server.recorded(lambda query: post(f"{server.http}/v2/rerank", body | {"query": f"{query}?"}))
     finally:
         server.stop()
     server = Served(output, "--model", str(cross), "--no-encoder", "--store", store)
     try:
         with Client(server.grpc) as client:
-            flows["cross-encoder"] = server.recorded(lambda: client.rerank(QUERY, ["one text", "another"]))
+            flows["cross-encoder"] = server.recorded(lambda query: client.rerank(query, ["one text", "another"]))
     finally:
         server.stop()
     return flows

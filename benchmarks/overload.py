@@ -140,7 +140,7 @@ def serving(queue_seconds: float) -> Iterator[tuple[psutil.Process, str, str]]:
     """The process, its gRPC and its HTTP address."""
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w") as log:
         command = [sys.executable, "-m", "preread", "serve", "--model", str(MODEL), "--store", "memory:"]
-        command += ["--port", "0", "--encoder-port", "0", "--http-port", "0"]
+        command += ["--port", "0", "--encoder-port", "0", "--http-port", "0", "--score-cache-bytes", "0"]
         command += ["--max-queue-seconds", str(queue_seconds), "--log-level", "error"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdout is not None

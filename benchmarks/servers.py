@@ -30,9 +30,13 @@ SENTENCE = "The pooled states of its tokens are kept, and the decoder attends ov
 
 @contextmanager
 def started(model: Path | str, store: str, *flags: str) -> Iterator[dict[str, str]]:
-    """A `preread serve`: the lines it says at its start, by their first word."""
+    """A `preread serve`: the lines it says at its start, by their first word.
+
+    Requests are repeated here to be computed again, so margins are not kept, unless a flag says otherwise.
+    """
     command = [sys.executable, "-m", "preread", "serve", "--model", str(model), "--store", store]
-    command += ["--port", "0", "--encoder-port", "0", "--log-level", "warning", "--no-check", *flags]
+    command += ["--port", "0", "--encoder-port", "0", "--log-level", "warning", "--no-check"]
+    command += ["--score-cache-bytes", "0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     try:

@@ -193,6 +193,12 @@ class DecoderConfig(ServerConfig):
         None, "Memory for the states of texts that came with requests.",
         flag="--inline-cache-bytes", at_least=0, shown_default="as --cache-bytes",
     )  # fmt: skip
+    max_score_cache_bytes: int = knob(
+        16 * MIB,
+        "Memory for the score cache, margins of earlier requests, per model: a pair of query and passage that comes "
+        "again costs no forward pass; 24 bytes a pair, 0: no cache.",
+        flag="--score-cache-bytes", at_least=0,
+    )  # fmt: skip
     encode_timeout_seconds: float = knob(60.0, "Longest time to wait for texts to be encoded on demand.", above=0)
     encoder_tls_ca_file: str = knob("", "Reach that worker with TLS, trusting this certificate (PEM).", is_file=True)
     encoder_tls_cert_file: str = knob("", "Show that worker this certificate (PEM), for mutual TLS.", is_file=True)

@@ -63,6 +63,12 @@ def permits(*names: str) -> bool:
     return permitted is None or not permitted.isdisjoint(names)
 
 
+def caller_scope() -> bytes:
+    """Names the collections that the caller's key is bound to: only such keys share what is kept; b"": every one."""
+    permitted = _permitted.get()
+    return b"" if permitted is None else ",".join(sorted(permitted)).encode()
+
+
 def require(*names: str) -> None:
     """Raises PermissionDenied where `permits` is false, whether there is such a collection or not."""
     if not permits(*names):

@@ -283,6 +283,7 @@ def serving(model: Model, directory: Path) -> Iterator[Served]:
             await worker.start()
         address = f"127.0.0.1:{worker.port}" if worker is not None else ""
         more = {"kv_caches": NO_KV_CACHES, "max_inline_cache_bytes": 0} if model.encoder else {"profile": model.profile}
+        more |= {"max_score_cache_bytes": 0}
         config = DecoderConfig.of_one(str(checkpoint), encoder_address=address, **common, **more)
         server = DecoderServer(config, store=store)
         gateway = Gateway(HttpConfig(port=0), server)

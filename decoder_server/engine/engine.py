@@ -23,11 +23,12 @@ from decoder_server.engine.on_demand import OnDemandStates
 from decoder_server.engine.plan import Plan, check, plan
 from decoder_server.engine.request_run import RequestRun
 from decoder_server.engine.scheduler import Scheduler, split_by_length
+from decoder_server.engine.score_cache import ScoreCache
 from decoder_server.models.backend import Backend, Prompt, StatesBackend
 from decoder_server.models.loading import BATCH_TOKENS
 from preread.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, NotFound, Unavailable
 from preread.values import Candidate, RerankRequest, Result, Summary, TierUse, Warmed
-from preread_edge.access import permits, require
+from preread_edge.access import caller_scope, permits, require
 
 T = TypeVar("T")
 
@@ -66,6 +67,8 @@ class Engine:
         self.scheduler = Scheduler(backend, model_thread, max_tokens, min_tokens, observers)
         most = limits.max_queue_requests, limits.max_queue_tokens, limits.max_queue_seconds
         self.admission = Admission(self.scheduler.stats, *most)
+        # A listwise model's margin depends on the other candidates, too.
+        self.score_cache = ScoreCache(0 if backend.listwise else limits.max_score_cache_bytes)
         # Candidates per read of the store: about a batch of short ones, a share of it for long ones.
         chunk = max(16, max_tokens // 128)
         self.fetcher = Fetcher(backend, self._executor, on_demand, chunk=chunk, max_text_bytes=limits.max_text_bytes)
@@ -215,7 +218,7 @@ class Engine:
         where = collection, chosen.base_ratio, request.on_miss
         able = [one for one in lookup if chosen.base_ratio % one.manifest.compression_ratio == 0]
         wanted = FetchRequest(request.candidates, list(equal), *where, prompt, trace, able)
-        scored_by = self.backend, self.scheduler, self.admission, self.fetcher
+        scored_by = self.backend, self.scheduler, self.admission, self.fetcher, self.score_cache, caller_scope()
         return RequestRun(*scored_by, limits.max_request_tokens, wanted, chosen, equal)
 
     async def _lookup_of(self, request: RerankRequest, named: Collection | None) -> list[Collection]:

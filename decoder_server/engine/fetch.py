@@ -72,10 +72,17 @@ class FetchedPassage:
         num_states = sum(pair.num_states for pair in self.pairs)
         num_tokens = self.num_tokens(num_prompt_tokens)
         found_in, found_id = self.found or ("", "")
-        result = Result(
+        known = [margin for margin in margins if margin is not None and math.isfinite(margin)]
+        margin, status, message = max(known, default=None), self.status, ""
+        if len(known) < len(margins):
+            margin, status, message = None, "failed", SCORING_FAILED if None in margins else NOT_FINITE
+        return Result(
             self.index,
             self.passage_id or "",
-            self.status,
+            status,
+            score=activate(margin) if margin is not None else None,
+            margin=margin,
+            message=message,
             num_states=num_states,
             compression_ratio=ratio,
             truncated=any(pair.truncated for pair in self.pairs),
@@ -84,10 +91,6 @@ class FetchedPassage:
             # A ratio may be far above the passage's length: its one state stands for no more tokens than there are.
             num_passage_tokens=num_states * min(ratio, num_tokens) if ratio else num_tokens,
         )
-        known = [margin for margin in margins if margin is not None and math.isfinite(margin)]
-        if len(known) < len(margins):
-            return replace(result, status="failed", message=SCORING_FAILED if None in margins else NOT_FINITE)
-        return replace(result, margin=max(known), score=activate(max(known)))
 
 
 Fetched = list[FetchedPassage]

@@ -15,6 +15,7 @@ from decoder_server.engine.admission import Admission
 from decoder_server.engine.fetch import Fetched, FetchedPassage, Fetcher, FetchRequest, Passages
 from decoder_server.engine.plan import Plan
 from decoder_server.engine.scheduler import RequestQueue, Scheduler
+from decoder_server.engine.score_cache import ScoreCache
 from decoder_server.models.backend import Backend
 from preread.errors import FailedPrecondition, InvalidRequest
 from preread.values import Candidate, Result, StageScore
@@ -36,6 +37,8 @@ class RequestRun:
     scheduler: Scheduler
     admission: Admission
     fetcher: Fetcher
+    score_cache: ScoreCache
+    scope: bytes  # of the caller: margins of other scopes are not read from the cache
     max_tokens: int | None  # prompt tokens and states over all pairs; None: no limit
     wanted: FetchRequest  # states at the plan's base ratio
     plan: Plan
@@ -89,12 +92,19 @@ class RequestRun:
                 if not done:
                     return
                 ended = [(scheduled.pop(margins), margins.result()) for margins in [*scheduled] if margins in done]
-                results = [(one, one.scored(own, cascade.ratio, num_prompt_tokens, activate)) for one, own in ended]
+                self._keep(ended)
+                results = []
                 if arriving in done:
                     chunk = arriving.result()
                     results += [(one, self._unscored(one)) for one in chunk if one.passage is None]
-                    scheduled |= {self._submit(queue, one, cascade): one for one in chunk if one.passage is not None}
+                    for one, known in self._known([one for one in chunk if one.passage is not None]):
+                        self._count(one, cascade)
+                        if None in known:
+                            scheduled[self.scheduler.submit(queue, one.pairs)] = one
+                        else:
+                            ended.append((one, known))
                     arriving = asyncio.create_task(self._next(queue, passages)) if chunk else None
+                results += [(one, one.scored(own, cascade.ratio, num_prompt_tokens, activate)) for one, own in ended]
                 if results:
                     yield results
         finally:
@@ -110,14 +120,24 @@ class RequestRun:
             return [one async for chunk in passages for one in chunk]
         return await anext(passages, [])
 
-    def _submit(self, queue: RequestQueue, one: FetchedPassage, cascade: "CascadeState") -> _Margins:
+    def _known(self, passages: Fetched) -> list[tuple[FetchedPassage, list[float | None]]]:
+        """Passages with their margins of earlier requests, per pair; None: not known."""
+        pairs = [pair.identity for one in passages for pair in one.pairs] if self.score_cache.enabled else []
+        known = iter(self.score_cache.get(pairs, self.scope))
+        return [(one, [next(known, None) for _ in one.pairs]) for one in passages]
+
+    def _keep(self, scored: Sequence[tuple[FetchedPassage, list[float | None]]]) -> None:
+        if scored and self.score_cache.enabled:
+            pairs = [pair.identity for one, _ in scored for pair in one.pairs]
+            self.score_cache.put(pairs, [margin for _, own in scored for margin in own], self.scope)
+
+    def _count(self, one: FetchedPassage, cascade: "CascadeState") -> None:
         self.num_tokens += sum(pair.num_tokens for pair in one.pairs)
         if self.max_tokens is not None and self.num_tokens > self.max_tokens:
             expected = f"at most {self.max_tokens}, prompt tokens and states over all candidates"
             raise InvalidRequest("tokens of the request", self.num_tokens, expected)
         if cascade.stage == 0:
             self.admission.learn(one.num_tokens(self.wanted.prompt.num_tokens))
-        return self.scheduler.submit(queue, one.pairs)
 
     def _unscored(self, one: FetchedPassage) -> Result:
         passage_id = one.passage_id or ""

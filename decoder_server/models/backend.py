@@ -42,6 +42,8 @@ class Pair(Protocol):
     def num_tokens(self) -> int: ...  # cost of the pair in a batch
     @property
     def truncated(self) -> bool: ...  # the passage was cut to fit, here or when it was encoded
+    @property
+    def identity(self) -> bytes: ...  # all that its margin depends on besides the model; b"": it has no name
 
 
 @dataclass(frozen=True, slots=True)

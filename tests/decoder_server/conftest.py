@@ -205,14 +205,16 @@ Serve = Callable[..., AbstractAsyncContextManager[Serving]]
 def serve(tiny: Path, store: Store, fbnl: FbnlBackend) -> Serve:
     """Starts a server over the embedded store; keyword arguments are DecoderConfig's.
 
-    The model is the one loaded already, unless a backend is given or the configuration wants another.
+    The model is the one loaded already, unless a backend is given or the configuration wants another. The score cache
+    is disabled, so that a request that is sent again is scored again.
     """
 
     @asynccontextmanager
     async def start(
         *, backend: Backend | None = None, over: Store | None = None, **config: object
     ) -> AsyncIterator[Serving]:
-        settings = {"port": 0, "device": "cpu", "dtype": "float32", "max_staleness_seconds": 0.0} | config
+        settings = {"port": 0, "device": "cpu", "dtype": "float32", "max_staleness_seconds": 0.0}
+        settings |= {"max_score_cache_bytes": 0} | config
         server = DecoderServer(
             DecoderConfig.of_one(str(tiny), **settings),
             store=over or store,

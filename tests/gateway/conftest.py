@@ -124,9 +124,9 @@ def _run(
         if encoder:
             worker = EncoderServer(EncoderConfig(str(checkpoint), port=0, device="cpu", dtype="float32"), store=store)
             await worker.start()
-        # Without tiers the same request has the same score to the last bit, on whichever path it is asked.
+        # Without caches a request that is sent again is scored again, to the last bit the same on whichever path.
         settings = {"port": 0, "device": "cpu", "dtype": "float32", "max_staleness_seconds": 0.0}
-        settings |= {"kv_caches": NO_KV_CACHES} | config
+        settings |= {"kv_caches": NO_KV_CACHES, "max_score_cache_bytes": 0} | config
         address = f"127.0.0.1:{worker.port}" if worker else ""
         server = DecoderServer(
             DecoderConfig.of_one(str(checkpoint), encoder_address=address, **settings),

@@ -3,6 +3,7 @@ An over-long passage loses tokens at its own end, so query, instruction and what
 always survive.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,10 @@ class TextPair:
         return len(self.ids)
 
     num_prompt_tokens = num_tokens
+
+    @property
+    def identity(self) -> bytes:
+        return array("q", [len(self.ids), *self.ids]).tobytes() + bytes(self.type_ids or ())
 
 
 class PairReader:

@@ -4,6 +4,7 @@ An entry is admitted at its second miss, and into a full cache only if it missed
 (TinyLFU, as Moka does it). Everything that changes its value is in its key, and the caches go with the model.
 """
 
+from array import array
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,10 @@ class StatePair:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt.ids) + len(self.states)
+
+    @property
+    def identity(self) -> bytes:
+        return array("q", [len(self.prompt.ids), *self.prompt.ids]).tobytes() + self.key if self.key else b""
 
 
 def batch_states(pairs: Sequence[StatePair], device: torch.device, dtype: torch.dtype) -> Tensor:
