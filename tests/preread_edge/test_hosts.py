@@ -16,7 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
 from preread_edge.access import Guard, join
-from preread_edge.listener import metrics_listener
+from preread_edge.listener import bind, metrics_listener
 from preread_edge.logs import set_up
 
 
@@ -270,3 +270,13 @@ def test_the_port_for_metrics_waits_for_a_header_for_so_long(registry: Collector
             came = b"HTTP/1.1 408"
         assert came.startswith(b"HTTP/1.1 408") or not begun
         assert get(port)[0] == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_body_does_not_wait_for_the_acknowledgement_of_its_header(host) -> None:
+    """Clients delay it by 40 ms. Connections are told by their listener: asyncio tells only those it knows as TCP's."""
+    with bind(host, 0, "test") as listening:
+        with socket.create_connection(listening.getsockname()[:2]):
+            accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
