@@ -97,6 +97,8 @@ class TemplateFiller:
     ) -> None:
         """Without `guard` a control token in a text is one."""
         self._tokenizers, self._pieces, self._guard = tokenizers, pieces, guard
+        # ASCII letters and digits that are tokens alone, which no text that begins with one can be without.
+        self._readable: set[str] = set()
         self._prefix, self._suffix = [], []  # type: list[int], list[int]
         if add_special_tokens:
             # The tokenizer's own ids around any text: found once, so that neutralised text gets them too.
@@ -116,8 +118,17 @@ class TemplateFiller:
         Index, worker and server all call this: a text is empty for each of them or for none.
         """
         text = text.strip()
+        if (first := text[:1]) in self._readable:
+            return False
         parts = (part for part in dict.fromkeys((text[:PROBE_CHARACTERS], text)) if part)
-        return all(self.encode([PROBE_FIELDS | {"passage": part}])[0].ids in self.nothing for part in parts)
+        if all(map(self._adds_nothing, parts)):
+            return True
+        if first.isascii() and first.isalnum() and not self._adds_nothing(first):
+            self._readable.add(first)
+        return False
+
+    def _adds_nothing(self, text: str) -> bool:
+        return self.encode([PROBE_FIELDS | {"passage": text}])[0].ids in self.nothing
 
     def encode(self, rows: Sequence[Fields]) -> list[_Encoded]:
         """The filled template per row, without `ends`."""
