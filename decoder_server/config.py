@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import preread
 from preread.values import Stage, format_stages, parse_stages, stages_problem
 from preread_edge.settings import MIB, Config, ListenConfig, LoadConfig, ServerConfig, knob
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # Sent by clients that were not given a model: the 4D AI Kit's example, infinity_client's default.
 DEFAULT_NAMES = frozenset({"default", "default/not-specified"})
 ANY_MODEL = "*"
+SHIPPED_MODEL = Path(preread.__file__).parent / "models" / "preread-mini"  # in a checkout, and in the servers' wheel
 
 
 def parse_lookup(text: str) -> tuple[str, ...] | None:

@@ -51,7 +51,7 @@ class CommandFailed(click.ClickException):
             case KeyboardInterrupt():
                 return cls("interrupted", INTERRUPTED)
             case PrereadError():
-                return cls(_told(error), BAD_INPUT if error.status in _CALLERS_FAULT else UNAVAILABLE)
+                return cls(told(error), BAD_INPUT if error.status in _CALLERS_FAULT else UNAVAILABLE)
             case StoreUnavailable() | StoreLocked() | StoreFull() | StoreDamaged() | CollectionGone():
                 return cls(text, UNAVAILABLE)
             case CacheError() | OSError() | ValueError():
@@ -66,7 +66,7 @@ class CommandFailed(click.ClickException):
             click.echo(f"preread: error: {self.format_message()}", file=file)
 
 
-def _told(error: PrereadError) -> str:
+def told(error: PrereadError) -> str:
     """The line for a failed call: which server said so, or what to try where none answered; its id for the log."""
     text = error.message
     if not error.address:  # raised here

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 import preread
 from preread_edge.settings import Config, Knob, ServerConfig
@@ -118,6 +119,11 @@ client = options_of(
     option("--tls-key-file", type=FILE, help="The key of --tls-cert-file (PEM)."),
     option("--api-key", metavar="KEY", help="Shown to a server that requires one."),
 )
+
+
+def typed(ctx: click.Context) -> set[str]:
+    """Parameters on the command line itself; those of the environment or a file may be meant for other commands."""
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
 def addresses(given: Mapping[str, Any]) -> str | list[str]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-import preread
-from decoder_server.config import ModelConfig
+from decoder_server.config import SHIPPED_MODEL, ModelConfig
 from preread_cli import flags
 from preread_cli.flags import option
 from preread_edge.settings import LoadConfig
@@ -19,7 +17,6 @@ from preread_edge.settings import LoadConfig
 if TYPE_CHECKING:
     from encoder_worker.passage_encoder import PassageEncoder
 
-SHIPPED_MODEL = Path(preread.__file__).parent / "models" / "preread-mini"
 _KEYS = {one.name: one for one in ModelConfig.knobs() if one.name != "name" and not one.is_secret}
 _SHOWN_KEYS = ", ".join(name.replace("_", "-") for name in _KEYS)
 # A name clients may send in a path or a header; anything else before "=" belongs to the checkpoint's own path.

@@ -23,7 +23,9 @@ SERVER, CLIENT = (
 )
 # A caller's PYTHONPATH would be in front of what is installed here.
 run = functools.partial(subprocess.run, check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
-PACKAGES = {"preread_cli", "preread_edge", "cache", "checkpoint", "encoder_worker", "decoder_server", "tuning"}
+PACKAGES = {
+    "preread_cli", "preread_local", "preread_edge", "cache", "checkpoint", "encoder_worker", "decoder_server", "tuning",
+}  # fmt: skip
 RERANK = """
 import json, os, sys
 from preread import Client, Passage

@@ -100,9 +100,8 @@ def _scored(ctx: click.Context, settings: EvaluationSettings) -> RunReport:
     from tuning.trec import read_run
 
     options = ctx.params
-    for name in _OF_MODELS:  # from the environment or a file they are meant for other commands
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--score-only loads no model; --{name.replace('_', '-')} is about one.")
+    if named := flags.typed(ctx).intersection(_OF_MODELS):
+        raise click.UsageError(f"--score-only loads no model; --{min(named).replace('_', '-')} is about one.")
     judged = _judged(options, need_corpus=False, need_queries=False)
     if options["run_file"] is not None:
         judged = replace(judged, candidates=read_run(options["run_file"]))

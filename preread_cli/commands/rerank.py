@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,8 +31,9 @@ from preread.values import (
     parse_stages,
 )
 from preread_cli import flags
-from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed
+from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed, told
 from preread_cli.flags import option
+from preread_cli.models import model_option
 from preread_cli.passages import MAX_SHOWN, passage_ids
 from preread_cli.terminal import print_json, print_some, progress_bar
 from preread_edge.outputs import human_bytes, is_stdout, open_output
@@ -83,23 +84,29 @@ _query_options = flags.options_of(
 )
 @option("--on-miss", type=click.Choice(["encode", "skip", "fail"]), help="For ids without states.  [default: server's]")
 @option("--concurrency", type=flags.COUNT, default=4, help="With --queries: requests in flight.")
+@option("--local", is_flag=True, help="Call no server: load --model in this process, over --store.")
+@model_option
+@flags.store
 @_query_options
 @click.pass_context
 def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
     """Rank passages for a query, or for a file of queries.
 
     Without --ids, --candidates or --run the whole collection is ranked, up to 5,000 passages.
-    A server must be running: `preread serve`. With --queries, --json writes a line of JSON for each query to
-    --output, in place of the TREC run.
+    A server must be running, `preread serve`, unless --local is given. With --queries, --json writes a line of JSON
+    for each query to --output, in place of the TREC run.
 
     \b
     Examples:
       preread rerank "why is the sky blue" --collection docs
       preread rerank "why is the sky blue" --candidates passages.txt
+      preread rerank "why is the sky blue" --candidates passages.txt --local
       search "why is the sky blue" | preread rerank "why is the sky blue" -c docs --ids -
       preread rerank --queries queries.tsv --run bm25.run -c docs --output reranked.run
     """
     _check(query, given)
+    if not given["local"] and (named := {"model", "store"} & flags.typed(ctx)):
+        raise click.UsageError(f"--{min(named)} goes with --local: a server has its own (--model-name names a model).")
     options: RerankOptions = {
         "collection": given["collection"] or "",
         "instruction": given["instruction"],
@@ -110,8 +117,7 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
         "top_n": (DEFAULT_TOP_N if query is not None else 0) if given["top_n"] is None else given["top_n"],
         "return_text": query is not None,
     }
-    settings = flags.client_settings(given, flags.LONG_RETRY_SECONDS if query is None else flags.SHORT_RETRY_SECONDS)
-    with preread.Client(flags.addresses(given), options=settings) as client:
+    with _client(given, flags.LONG_RETRY_SECONDS if query is None else flags.SHORT_RETRY_SECONDS) as client:
         limits = {info.name: info.max_candidates for info in client.list_models()}
         if not limits:
             raise CommandFailed(f"the server at {given['address']} is still loading its models", UNAVAILABLE)
@@ -130,6 +136,27 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
                 _print_reranking(query, answer, len(candidates), _fitted(given["stages"], answer.summary))
     if num_bad:
         ctx.exit(BAD_ITEMS)
+
+
+@contextmanager
+def _client(given: Mapping[str, Any], retry_seconds: float) -> Iterator[preread.Client]:
+    """Of a server, or --local. Where no server answers, the error says that none is needed."""
+    settings = flags.client_settings(given, retry_seconds)
+    if given["local"]:
+        from checkpoint.compute import tune_process
+        from preread_local import Reranker
+
+        tune_process()
+        with Reranker(given["model"], store=given["store"], timeout_seconds=given["timeout_seconds"]) as reranker:
+            yield reranker
+        return
+    try:
+        with preread.Client(flags.addresses(given), options=settings) as client:
+            yield client
+    except preread.Unavailable as exc:
+        if exc.reason not in ("UNREACHABLE", "NO_ANSWER"):
+            raise
+        raise CommandFailed(f"{told(exc)} --local needs no server", UNAVAILABLE) from exc
 
 
 def _check(query: str | None, given: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from preread import Client, Passage
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 from preread_cli.main import cli
+from preread_local import Reranker
 from tuning.trec import read_run
 
 PASSAGES = {
@@ -272,7 +273,31 @@ def test_no_server_is_3_and_says_what_to_start() -> None:
     answer = CliRunner().invoke(cli, ["rerank", "q", "--candidates", "-", "--address", "127.0.0.1:1"], input="a\n")
 
     assert answer.exit_code == 3
-    assert "is `preread serve` running there?" in answer.stderr
+    assert "is `preread serve` running there? --local needs no server" in answer.stderr
+
+
+def test_local_needs_no_server(tiny_checkpoint, tmp_path: Path) -> None:
+    """The same table, of a model in this process; over a store where one is named."""
+    texts, store = tmp_path / "texts.txt", f"faiss:{tmp_path}/data"
+    texts.write_text("".join(f"{text}\n" for text in PASSAGES.values()))
+    local = ["rerank", "blue sky", "--local", "--model", str(tiny_checkpoint), "--store", store]
+    answer = CliRunner().invoke(cli, [*local, "--candidates", str(texts), "--json"])
+    assert answer.exit_code == 0, answer.output
+    assert {result["status"] for result in json.loads(answer.stdout)["results"]} == {"encoded"}
+    assert not (tmp_path / "data").exists()
+
+    with Reranker(tiny_checkpoint, store=store) as reranker:
+        reranker.index(PASSAGES, collection=COLLECTION)
+        expected = [one.passage_id for one in reranker.rerank("blue sky", [*PASSAGES], collection=COLLECTION)]
+    answer = CliRunner().invoke(cli, [*local, "-c", COLLECTION, "--json"])
+    assert (answer.exit_code, ids(answer)) == (0, expected), answer.output
+
+
+@pytest.mark.parametrize("named", [["--store", "memory:"], ["--model", "nowhere"]])
+def test_a_server_has_its_own_model_and_store(named) -> None:
+    answer = CliRunner().invoke(cli, ["rerank", "q", "--candidates", "-", *named], input="a\n")
+    assert answer.exit_code == 2
+    assert f"{named[0]} goes with --local" in answer.stderr
 
 
 class Loading(rerank_pb2_grpc.RerankServiceServicer):
