@@ -9,8 +9,8 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +39,8 @@ PRIOR = 1e-3
 # Fewer attention cells than this cost less than another pass would (about 70 prompt tokens of dense work at the Nano
 # shape); above it, padding may at most double attention's work.
 FREE_CELLS, MAX_PADDING = 1 << 18, 2.0
+# Prompts of one batch over the same passage: up to so many times the shortest one, their padding stays below the bound.
+LENGTH_SPREAD = 1.5
 
 
 @dataclass
@@ -116,16 +118,17 @@ class SchedulerStats:
 
 @dataclass(slots=True, eq=False)
 class _Submission:
-    """One submission, the windows of one passage."""
+    """One submission: the windows of one passage, under every prompt of its request."""
 
     queue: "RequestQueue"
-    num_pairs: int
+    margins: list[float | None]  # of its pairs, in their order
+    num_left: int  # that are not scored yet
     future: asyncio.Future[list[float | None]]
-    margins: list[float | None] = field(default_factory=list)
 
-    def scored(self, margin: float | None) -> None:
-        self.margins.append(margin)
-        if len(self.margins) == self.num_pairs and not self.future.done():
+    def scored(self, row: int, margin: float | None) -> None:
+        self.margins[row] = margin
+        self.num_left -= 1
+        if self.num_left == 0 and not self.future.done():
             self.future.set_result(self.margins)
 
     def fail(self, error: Exception) -> None:
@@ -134,7 +137,7 @@ class _Submission:
             self.future.exception()  # retrieved: the request may have ended for another reason
 
 
-_Queued = tuple[_Submission, Pair]
+_Queued = tuple[_Submission, int, Pair]  # the pair's row in its submission
 
 
 @dataclass(slots=True, eq=False)
@@ -151,12 +154,21 @@ class RequestQueue:
     waiting: deque[_Queued] = field(default_factory=deque)
     since: float | None = None  # pairs have been ready and none of them computed
 
+    def unit(self, max_tokens: int) -> tuple[int, int]:
+        """How many of the next pairs are of one window, and their tokens: up to `max_tokens`, but at least one pair."""
+        key, num_pairs, num_tokens = self.waiting[0][2].key, 0, 0
+        for *_, pair in self.waiting:
+            if num_pairs and not (key and pair.key == key and num_tokens + pair.num_tokens <= max_tokens):
+                break
+            num_pairs, num_tokens = num_pairs + 1, num_tokens + pair.num_tokens
+        return num_pairs, num_tokens
+
     def take(self) -> _Queued:
         """The next pair, for a batch that is being filled."""
-        passage, pair = self.waiting.popleft()
+        passage, row, pair = self.waiting.popleft()
         self.num_tokens -= pair.num_tokens
         self.taken.set()
-        return passage, pair
+        return passage, row, pair
 
     def clear(self, error: Exception | None = None) -> int:
         """Drops everything queued, or fails it with `error`; how many pairs that were.
@@ -168,7 +180,7 @@ class RequestQueue:
         self.since = self.since if self.computing else None
         self.taken.set()
         if error is not None:
-            for passage, _ in dropped:
+            for passage, *_ in dropped:
                 passage.fail(error)
         return len(dropped)
 
@@ -219,11 +231,16 @@ class Scheduler:
             self.queues.remove(queue)
 
     def submit(self, queue: RequestQueue, pairs: Sequence[Pair]) -> asyncio.Future[list[float | None]]:
-        """Queues the pairs of one passage; their margins: NaN for a logit that is not finite, None: the pass failed."""
+        """Queues the pairs of one passage; their margins: NaN for a logit that is not finite, None: the pass failed.
+
+        Pairs of the same window, under one prompt and another, are to be next to each other: a batch takes them
+        together, and what they share is computed once.
+        """
         if self._stopped:
             raise Unavailable(STOPPED)
-        passage = _Submission(queue, len(pairs), asyncio.get_running_loop().create_future())
-        queue.waiting.extend((passage, pair) for pair in pairs)
+        future = asyncio.get_running_loop().create_future()
+        passage = _Submission(queue, [None] * len(pairs), len(pairs), future)
+        queue.waiting.extend((passage, row, pair) for row, pair in enumerate(pairs))
         queue.num_tokens += sum(pair.num_tokens for pair in pairs)
         if not queue.computing and queue.since is None:
             queue.since = time.monotonic()
@@ -256,28 +273,36 @@ class Scheduler:
                 await self._ready.wait()
                 self._batch = self._next_batch()
                 every = [range(len(self._batch))]
-                for rows in every if self._backend.listwise else split_by_length([pair for _, pair in self._batch]):
+                for rows in every if self._backend.listwise else split_by_length([pair for *_, pair in self._batch]):
                     await self._pass([self._batch[i] for i in rows])
         finally:
             self._stopped = True
             error = Unavailable(STOPPED)
-            for passage, _ in self._batch:
+            for passage, *_ in self._batch:
                 passage.fail(error)
             for queue in self.queues:
                 queue.clear(error)
 
     def _next_batch(self) -> list[_Queued]:
-        """Pairs of the best-ranked requests, up to the token budget; at least one where any are queued."""
+        """Pairs of the best-ranked requests, up to the token budget; at least one where any are queued.
+
+        Pairs of one window are not divided: all but the first, which add a query alone, may exceed the budget, up to
+        the largest one.
+        """
         now, left = time.monotonic(), self.batch_tokens
+        spare = self._max_tokens - left
         batch: list[_Queued] = []
         for queue in self.queues:
             if queue.expired(now):
                 self.stats.num_dropped_pairs += queue.clear()
             if self._backend.listwise and queue.waiting:  # one request's list, whole
                 return [queue.take() for _ in range(len(queue.waiting))]
-            while queue.waiting and (not batch or queue.waiting[0][1].num_tokens <= left):
-                batch.append(queue.take())
-                left -= batch[-1][1].num_tokens
+            while queue.waiting:
+                num_pairs, num_tokens = queue.unit(self._max_tokens)
+                if batch and (queue.waiting[0][2].num_tokens > left or num_tokens > left + spare):
+                    break
+                batch += [queue.take() for _ in range(num_pairs)]
+                left -= num_tokens
         if not batch:
             self._ready.clear()
             self._last_pass = None
@@ -289,8 +314,8 @@ class Scheduler:
         self.stats.num_dropped_pairs += len(batch) - len(alive)
         if not alive:
             return
-        pairs = [pair for _, pair in alive]
-        queues = {passage.queue for passage, _ in alive}
+        pairs = [pair for *_, pair in alive]
+        queues = {passage.queue for passage, *_ in alive}
         for queue in queues:
             queue.computing = True
         margins = await self.between_passes(self._score, pairs)
@@ -303,8 +328,8 @@ class Scheduler:
             observer.pass_finished(counted)
         for queue in queues:
             queue.pass_finished(start, end)
-        for (passage, _), margin in zip(alive, margins, strict=True):
-            passage.scored(margin)
+        for (passage, row, _), margin in zip(alive, margins, strict=True):
+            passage.scored(row, margin)
 
     def _score(self, pairs: list[Pair]) -> list[float | None]:
         """On the model's thread. A pass that raises is repeated pair by pair: a bad one costs itself only."""
@@ -325,27 +350,67 @@ def split_by_length(pairs: Sequence[Pair], max_tokens: int | None = None) -> lis
     """Indexes of `pairs` in batches, each sorted by length, none wasting more than FREE_CELLS and MAX_PADDING allow.
 
     Dense layers see packed rows and never pad; attention pads every pair of a batch to the longest prompt and the
-    longest passage in it, so the waste is counted in attention cells. `max_tokens` is of one batch, a larger pair goes
+    longest passage in it, so the waste is counted in attention cells. Of prompts of about one length those over the
+    same passage stay together, since a pass computes it once for them. `max_tokens` is of one batch, a larger pair goes
     alone; None: no limit.
     """
     batches: list[list[int]] = []
     real = num_tokens = 0  # cells that the current batch needs, and its tokens
     longest_prompt = 0
-    for i in sorted(range(len(pairs)), key=lambda i: (pairs[i].num_states, pairs[i].num_prompt_tokens)):
-        pair = pairs[i]
-        own = _cells(pair.num_prompt_tokens, pair.num_states)
-        longest = max(longest_prompt, pair.num_prompt_tokens)
-        # Sorted by states, so this pair's are the longest so far.
-        padded = (len(batches[-1]) + 1) * _cells(longest, pair.num_states) if batches else 0
-        num_tokens += pair.num_tokens
-        fits = bool(batches) and (max_tokens is None or num_tokens <= max_tokens)
+    for unit in _units(pairs, max_tokens):
+        longest_own = max(pairs[i].num_prompt_tokens for i in unit)
+        own = sum(_cells(pairs[i].num_prompt_tokens, pairs[i].num_states) for i in unit)
+        own_tokens = sum(pairs[i].num_tokens for i in unit)
+        longest = max(longest_prompt, longest_own)
+        # Sorted by states, so this unit's are the longest so far.
+        padded = (len(batches[-1]) + len(unit)) * _cells(longest, pairs[unit[0]].num_states) if batches else 0
+        fits = bool(batches) and (max_tokens is None or num_tokens + own_tokens <= max_tokens)
         if fits and (padded <= FREE_CELLS or padded <= MAX_PADDING * (real + own)):
-            batches[-1].append(i)
-            real, longest_prompt = real + own, longest
+            batches[-1] += unit
+            real, longest_prompt, num_tokens = real + own, longest, num_tokens + own_tokens
         else:
-            batches.append([i])
-            real, longest_prompt, num_tokens = own, pair.num_prompt_tokens, pair.num_tokens
+            batches.append(unit)
+            real, longest_prompt, num_tokens = own, longest_own, own_tokens
     return batches
+
+
+def _units(pairs: Sequence[Pair], max_tokens: int | None) -> Iterator[list[int]]:
+    """Indexes by length; together those that a batch should not divide: of one window, under prompts of about a length.
+
+    So far as `max_tokens` allows; a larger pair is a unit.
+    """
+    counts = Counter(pair.key for pair in pairs)
+    begins = _about_one_length({pair.num_prompt_tokens for pair in pairs})
+
+    def order(i: int) -> tuple[int, int, bytes, int]:
+        pair = pairs[i]
+        shared = pair.key if counts[pair.key] > 1 else b""
+        return pair.num_states, begins[pair.num_prompt_tokens], shared, pair.num_prompt_tokens
+
+    unit: list[int] = []
+    of: tuple[int, int, bytes, int] | None = None
+    num_tokens = 0
+    for i in sorted(range(len(pairs)), key=order):
+        *_, shared, _ = now = order(i)
+        num_tokens += pairs[i].num_tokens
+        fits = max_tokens is None or num_tokens <= max_tokens
+        if unit and not (shared and of is not None and now[:3] == of[:3] and fits):
+            yield unit
+            unit, num_tokens = [], pairs[i].num_tokens
+        unit.append(i)
+        of = now
+    if unit:
+        yield unit
+
+
+def _about_one_length(lengths: Iterable[int]) -> dict[int, int]:
+    """Per length the shortest one that it may share a batch with: none is more than LENGTH_SPREAD times that."""
+    begins: dict[int, int] = {}
+    begin = 0
+    for length in sorted(lengths):
+        begin = begin if length <= LENGTH_SPREAD * begin else length
+        begins[length] = begin
+    return begins
 
 
 def _cells(num_prompt_tokens: int, num_states: int) -> int:

@@ -44,6 +44,8 @@ class Pair(Protocol):
     def truncated(self) -> bool: ...  # the passage was cut to fit, here or when it was encoded
     @property
     def identity(self) -> bytes: ...  # all that its margin depends on besides the model; b"": it has no name
+    @property
+    def key(self) -> bytes: ...  # names the window: a pass computes it once for all pairs of it; empty: shares nothing
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class TextPair:
     passage: str
     truncated: bool  # the passage lost its end
 
-    num_states = 0
+    num_states, key = 0, b""
 
     @property
     def num_tokens(self) -> int:

@@ -5,7 +5,7 @@ An entry is admitted at its second miss, and into a full cache only if it missed
 """
 
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -167,6 +167,7 @@ class _Needed:
 
     cache: KVCache
     names: Sequence[_Name | None]  # per pair; None: nothing
+    shared: set[_Name | None]  # of the names: needed under several prompts
     keep_all: bool = False  # else what the cache admits
     kv: dict[_Name | None, Tensor] = field(default_factory=dict)
 
@@ -174,6 +175,10 @@ class _Needed:
         if not self.cache.max_bytes or not isinstance(name, bytes | tuple):
             return False
         return name not in self.cache if self.keep_all else self.cache.admits(name)
+
+    def is_worth(self, name: _Name | None) -> bool:
+        """Whether to compute it before the pass: for several prompts, or to keep it."""
+        return name in self.shared or self.admits(name)
 
     def missing(self) -> dict[_Name, int]:
         """Names that are not there, each with a pair that needs it."""
@@ -210,8 +215,8 @@ class Contexts:
                 # Each pair counts, also one whose name another pair brought.
                 if isinstance(name, bytes | tuple) and (entry := needed.cache.get(name)) and name not in needed.kv:
                     needed.kv[name] = needed.cache.read(entry)
-        if not any(needed.kv or any(map(needed.admits, needed.names)) for needed in both):
-            # Caches that are disabled or cold: a layer's keys are made when the pass comes to it.
+        if not any(needed.kv or any(map(needed.is_worth, needed.names)) for needed in both):
+            # Nothing is shared, and caches are disabled or cold: a layer's keys are made when the pass comes to it.
             layers = self._decoder.passage_kv(batch_states(pairs, self._device, self._dtype))
             return [(every, self._pass(pairs, [0] * len(pairs), layers))]
         self._compute(pairs, passages, prefixes)
@@ -233,17 +238,20 @@ class Contexts:
 
     def _needed(self, pairs: Sequence[StatePair], *, keep_all: bool = False) -> tuple[_Needed, _Needed]:
         # A pair without a key shares with no other.
-        passages = _Needed(self.keys, [pair.key or i for i, pair in enumerate(pairs)], keep_all)
-        names = [_prefix(pair) if self.prefixes.max_bytes else None for pair in pairs]
-        return passages, _Needed(self.prefixes, names, keep_all)
+        keys: list[_Name | None] = [pair.key or i for i, pair in enumerate(pairs)]
+        shared = _shared(keys, pairs)
+        with_prefix = self.prefixes.max_bytes > 0
+        names = [_prefix(pair) if with_prefix or pair.key in shared else None for pair in pairs]
+        of_passages = _Needed(self.keys, keys, shared, keep_all)
+        return of_passages, _Needed(self.prefixes, names, _shared(names, pairs), keep_all)
 
     def _compute(self, pairs: Sequence[StatePair], passages: _Needed, prefixes: _Needed) -> None:
-        """Every passage that is missing, then, over passages, the prefixes that are worth an entry."""
+        """Every passage that is missing, then, over passages, the prefixes that are worth it."""
         if missing := passages.missing():
             first = [pairs[i] for i in missing.values()]
             kv = _stacked(self._decoder.passage_kv(batch_states(first, self._device, self._dtype)))
             passages.computed(missing, kv, [pair.num_states for pair in first])
-        if missing := {name: i for name, i in prefixes.missing().items() if prefixes.admits(name)}:
+        if missing := {name: i for name, i in prefixes.missing().items() if prefixes.is_worth(name)}:
             tokens = [name[0] for name in missing if isinstance(name, tuple)]
             own = [passages.kv[passages.names[i]] for i in missing.values()]
             lengths = [len(ids) for ids in tokens]
@@ -258,6 +266,12 @@ class Contexts:
 
     def _ids(self, prompts: Iterable[Sequence[int]]) -> Tensor:
         return torch.tensor(list(chain.from_iterable(prompts)), device=self._device)
+
+
+def _shared(names: Sequence[_Name | None], pairs: Sequence[StatePair]) -> set[_Name | None]:
+    """The names that pairs of several prompts have: equal passages under one prompt stay ties to the last bit."""
+    prompts = Counter(name for name, _ in {(name, id(pair.prompt)) for name, pair in zip(names, pairs, strict=True)})
+    return {name for name, num in prompts.items() if name is not None and num > 1}
 
 
 def _prefix(pair: StatePair) -> _Prefix | None:
