@@ -176,7 +176,7 @@ class DecoderConfig(ServerConfig):
     )  # fmt: skip
     max_candidates: int = knob(1000, "Candidates of one request.", at_least=1)
     max_request_tokens: int | None = knob(
-        None, "Prompt tokens and states of one request, over all its candidates.", at_least=1, shown_default="no limit"
+        None, "Prompt tokens and states of one request, over all its pairs.", at_least=1, shown_default="no limit"
     )
     max_query_bytes: int = knob(
         1 * MIB,

@@ -211,6 +211,7 @@ class RequestLog:
             "code": trace.code,
             "collection": request.collection,
             "num_candidates": len(request.candidates),
+            **({"num_queries": len(trace.queries)} if trace.queries else {}),
             "seconds": round(trace.end - trace.start, 6),
         }
         if timings is not None:
@@ -223,7 +224,7 @@ class RequestLog:
         counts = collections.Counter(result.status for result in trace.results)
         values |= {f"num_{status}": count for status, count in sorted(counts.items())}
         if self._log_text:
-            values |= {"query": request.query, "instruction": request.instruction}
+            values |= {"query": "\n".join(trace.queries) or request.query, "instruction": request.instruction}
         level = logging.ERROR if trace.code == "internal" else logging.INFO
         log.log(level, trace.kind, extra=fields(**values))
 

@@ -36,6 +36,7 @@ class TracingObserver:
             "model": trace.model,
             "code": trace.code,
             "num_candidates": len(trace.request.candidates),
+            "num_queries": len(trace.queries) or None,
             "request_id": call.request_id if call else None,
             "degraded": trace.degraded.reason if trace.degraded else None,
             "stopped_early": trace.stopped_early or None,

@@ -28,6 +28,19 @@ async def _call(attempts: Attempts) -> Any:
             return response
 
 
+async def _rankings(attempts: Attempts) -> list[Reranking]:
+    """One for each message of a stream, which is retried as a call is: nothing was given out before its end."""
+    while True:
+        try:
+            with wire.ending(call := attempts.start()):
+                rankings = [wire.unpack_reranking(one.response, attempts.request_id) async for one in call]
+        except wire.FAILED as exc:
+            await asyncio.sleep(attempts.wait_seconds(exc))
+        else:
+            attempts.succeeded()
+            return rankings
+
+
 async def _messages(attempts: Attempts, call: Any, upload: wire.Upload | None = None) -> AsyncIterator[Any]:
     """The messages of a stream, which is retried until the first one: what was given out cannot be taken back."""
     num_messages = 0
@@ -71,9 +84,18 @@ class AsyncClient(BaseClient):
         """
         request = wire.pack_request(query, candidates, options)
         attempts = Attempts(self._server, "Rerank", request, self._server.seconds(options.get("timeout")))
-        response = await _call(attempts)
-        results, summary = wire.unpack_results(response.results), wire.unpack(values.Summary, response)
-        return Reranking(results, summary, attempts.request_id)
+        return wire.unpack_reranking(await _call(attempts), attempts.request_id)
+
+    async def rerank_many(
+        self, queries: Iterable[str], candidates: values.Candidates, **options: Unpack[RerankOptions]
+    ) -> list[Reranking]:
+        """Reranks the same candidates for each of 1 to 64 queries, in one call; the rankings in the queries' order.
+
+        The server fetches a passage once, and computes once what depends on no query. Timings are the call's.
+        """
+        request = wire.pack_many(queries, candidates, options)
+        attempts = Attempts(self._server, "RerankMany", request, self._server.seconds(options.get("timeout")))
+        return await _rankings(attempts)
 
     def rerank_stream(
         self, query: str, candidates: values.Candidates, **options: Unpack[RerankOptions]

@@ -28,6 +28,19 @@ def _call(attempts: Attempts) -> Any:
             return response
 
 
+def _rankings(attempts: Attempts) -> list[Reranking]:
+    """One for each message of a stream, which is retried as a call is: nothing was given out before its end."""
+    while True:
+        try:
+            with wire.ending(call := attempts.start()):
+                rankings = [wire.unpack_reranking(one.response, attempts.request_id) for one in call]
+        except wire.FAILED as exc:
+            time.sleep(attempts.wait_seconds(exc))
+        else:
+            attempts.succeeded()
+            return rankings
+
+
 def _messages(attempts: Attempts, call: Any, upload: wire.Upload | None = None) -> Iterator[Any]:
     """The messages of a stream, which is retried until the first one: what was given out cannot be taken back."""
     num_messages = 0
@@ -71,9 +84,18 @@ class Client(BaseClient):
         """
         request = wire.pack_request(query, candidates, options)
         attempts = Attempts(self._server, "Rerank", request, self._server.seconds(options.get("timeout")))
-        response = _call(attempts)
-        results, summary = wire.unpack_results(response.results), wire.unpack(values.Summary, response)
-        return Reranking(results, summary, attempts.request_id)
+        return wire.unpack_reranking(_call(attempts), attempts.request_id)
+
+    def rerank_many(
+        self, queries: Iterable[str], candidates: values.Candidates, **options: Unpack[RerankOptions]
+    ) -> list[Reranking]:
+        """Reranks the same candidates for each of 1 to 64 queries, in one call; the rankings in the queries' order.
+
+        The server fetches a passage once, and computes once what depends on no query. Timings are the call's.
+        """
+        request = wire.pack_many(queries, candidates, options)
+        attempts = Attempts(self._server, "RerankMany", request, self._server.seconds(options.get("timeout")))
+        return _rankings(attempts)
 
     def rerank_stream(
         self, query: str, candidates: values.Candidates, **options: Unpack[RerankOptions]

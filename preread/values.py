@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, TypedDict, TypeVar
 from preread.errors import Path, field_name
 
 MAX_STAGES = 8
+MAX_QUERIES = 64  # of one call of rerank_many; from some thirty on, more share hardly more
 MAX_TEXT_CHARS = 400
 MAX_NUMBER = 2**31 - 1  # of a ratio or a count: the wire holds no greater one
 REQUEST_ID = "x-request-id"  # metadata of a call: its name in the logs of every server that it passes

@@ -22,10 +22,12 @@ from preread.values import (
     Candidates,
     OnMiss,
     Passage,
+    Reranking,
     RerankOptions,
     Result,
     Stage,
     StageScore,
+    Summary,
     parse_stages,
 )
 
@@ -74,6 +76,11 @@ def pack_request(query: str, candidates: Candidates, options: RerankOptions) -> 
     values |= {"query": query, "candidates": packed, "stages": packed_stages}
     values["on_miss"] = f"ON_MISS_{on_miss.upper() if on_miss else 'UNSPECIFIED'}"
     return pack(rerank_pb2.RerankRequest, "query", **values)
+
+
+def pack_many(queries: Iterable[str], candidates: Candidates, options: RerankOptions) -> rerank_pb2.RerankManyRequest:
+    """A request of several queries over the same candidates. Raises as `pack` does."""
+    return pack(rerank_pb2.RerankManyRequest, request=pack_request("", candidates, options), queries=queries)
 
 
 def _stages(given: Argument) -> list[Argument]:
@@ -185,6 +192,10 @@ def _words(enum: Any) -> dict[int, Any]:
 
 
 _STATUSES = _words(common_pb2.CandidateStatus.DESCRIPTOR)
+
+
+def unpack_reranking(response: rerank_pb2.RerankResponse, request_id: str) -> Reranking:
+    return Reranking(unpack_results(response.results), unpack(Summary, response), request_id)
 
 
 def unpack_results(messages: Iterable[rerank_pb2.Result]) -> tuple[Result, ...]:

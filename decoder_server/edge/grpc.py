@@ -73,6 +73,20 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
                 else:
                     yield _pack_batch(event)
 
+    async def RerankMany(self, request: rerank_pb2.RerankManyRequest, context: Context) -> AsyncIterator[Any]:  # noqa: N802
+        engine = choose(self.engines, request.request.model)
+        unpacked = await unpack_request(request.request, engine.limits.max_candidates)
+        answers = engine.rerank_many(unpacked, tuple(request.queries), deadline=_deadline(context))
+        async with aclosing(answers):
+            index = 0
+            async for results, summary in answers:
+                fields = _fields(summary, rerank_pb2.RerankResponse)
+                batches = [[one] for one in results] if _is_long(results) else [results]
+                responses = (rerank_pb2.RerankResponse(results=map(_pack_result, batch)) for batch in batches)
+                first = rerank_pb2.RerankManyResponse(index=index, response=fields)
+                yield await joined(chain([first], (rerank_pb2.RerankManyResponse(response=one) for one in responses)))
+                index += 1
+
     async def ListModels(self, request: rerank_pb2.ListModelsRequest, context: Context) -> Any:  # noqa: N802
         models = [_pack(model_info(engine), rerank_pb2.ModelInfo) for engine in self.engines.values()]
         return rerank_pb2.ListModelsResponse(models=models)

@@ -79,7 +79,13 @@ class Admission:
             self._reservations.discard(reservation)
 
     def degrade(
-        self, plan: Plan, num_candidates: int, num_prompt_tokens: int, deadline: float | None, queue_share: float
+        self,
+        plan: Plan,
+        num_candidates: int,
+        num_prompt_tokens: int,  # of each query
+        deadline: float | None,
+        queue_share: float,
+        num_queries: int = 1,
     ) -> tuple[Plan, Degraded | None]:
         """The plan, or a coarser one: it would miss its `deadline`, or more than its share of the `queue` is in use."""
         if not self._stats.knows_pass_time:  # before the first pass
@@ -87,7 +93,7 @@ class Admission:
         plans = plan.coarser()
         estimates = []  # tokens over all stages; seconds until the (first stage's) response, the queue included
         for one in plans:
-            reads = [(num, self._states(ratio)) for num, ratio in one.reads(num_candidates)]
+            reads = [(num, self._states(ratio)) for num, ratio in one.reads(num_candidates, num_queries)]
             num_tokens = sum(num * (num_prompt_tokens + num_states) for num, num_states in reads)
             # When the machine is shared equally, so much is computed before a request of this size is done.
             ahead = sum(min(num_tokens, other.num_tokens) for other in self._reservations)

@@ -16,7 +16,7 @@ from cache.store import Store
 from decoder_server.config import ANY_MODEL, DecoderConfig
 from decoder_server.engine.admission import Admission
 from decoder_server.engine.collections import Catalogue
-from decoder_server.engine.fetch import Fetcher, FetchRequest
+from decoder_server.engine.fetch import Fetcher, FetchRequest, mean_prompt_tokens
 from decoder_server.engine.lifecycle import Observer, RequestTrace
 from decoder_server.engine.lookup import Lookup
 from decoder_server.engine.on_demand import OnDemandStates
@@ -82,15 +82,37 @@ class Engine:
         """
         async with self.track(request, deadline=deadline) as trace:
             check(request, self.limits)
-            run = await self._plan(request, deadline, trace)
+            run = await self._plan(request, [request.query], deadline, trace)
             async with aclosing(run.results(deadline)) as batches:  # admits, fetches, scores
-                trace.results = [one async for batch in batches for one in batch]
-            # Candidates that reached a later stage rank first, ties by index.
-            scored = [one for one in trace.results if one.margin is not None]
-            scored.sort(key=lambda one: (-len(one.stages), -(one.margin or 0.0), one.index))
-            unscored = sorted((one for one in trace.results if one.margin is None), key=lambda one: one.index)
-            ranked = scored[: request.top_n or None] + unscored
-            return await self._with_texts(run.wanted, ranked), self._summarize(run)
+                trace.results = [one async for _, batch in batches for one in batch]
+            ranked = _rank(trace.results, request.top_n)
+            return await self._with_texts(run.wanted, ranked), self._summarize(run, trace.results)
+
+    async def rerank_many(
+        self, request: RerankRequest, queries: Sequence[str], *, deadline: float | None = None
+    ) -> AsyncGenerator[tuple[list[Result], Summary], None]:
+        """The responses of `rerank` to each query over the candidates of a request, in the order of the queries.
+
+        A passage is fetched once for all, and of its keys and values what depends on no query is computed once. A model
+        that reads text shares nothing: it takes one query after the other. Timings and counts of looked up texts are
+        the call's.
+        """
+        async with self.track(request, "rerank_many", queries) as trace:
+            check(request, self.limits, queries)
+            together = 1 if self.reads_text else len(queries)
+            for first in range(0, len(queries), together):
+                some = queries[first : first + together]
+                rankings: list[list[Result]] = [[] for _ in some]
+                async with _until(deadline, trace):
+                    run = await self._plan(request, some, deadline, trace)
+                    async with aclosing(run.results(deadline)) as batches:
+                        async for query, batch in batches:
+                            rankings[query] += batch
+                            trace.results += batch
+                for query, results in enumerate(rankings):
+                    async with _until(deadline, trace):  # not across a yield: the time between is the caller's
+                        ranked = await self._with_texts(run.wanted, _rank(results, request.top_n))
+                    yield ranked, self._summarize(run, results, query)
 
     async def stream(
         self, request: RerankRequest, *, deadline: float | None = None
@@ -99,17 +121,18 @@ class Engine:
         async with self.track(request) as trace:
             check(request, self.limits)
             async with _until(deadline, trace):
-                run = await self._plan(request, deadline, trace)
+                run = await self._plan(request, [request.query], deadline, trace)
             async with aclosing(run.results(deadline)) as batches:
                 while True:
                     async with _until(deadline, trace):  # not across a yield: the time between is the caller's
-                        batch = await anext(batches, None)
-                        if batch is None:
+                        settled = await anext(batches, None)
+                        if settled is None:
                             break
+                        _, batch = settled
                         trace.results += batch
                         with_texts = await self._with_texts(run.wanted, batch)
                     yield with_texts
-            yield self._summarize(run)
+            yield self._summarize(run, trace.results)
 
     async def warm(self, request: RerankRequest) -> Warmed:
         """Pre-fills the caches for the ids of a request, whose query is not read.
@@ -126,7 +149,7 @@ class Engine:
             if collection is None:
                 raise InvalidRequest("collection", "", "the collection that holds the ids")
             ratios = {stage.compression_ratio for stage in self._plan_of(request, collection).stages}
-            prompt = await self.prompt(ANY_QUERY, request.instruction)
+            (prompt,) = await self.prompts([ANY_QUERY], request.instruction)
             ids = list(dict.fromkeys(candidate.passage_id or "" for candidate in request.candidates))
             try:
                 read = await self.call(collection.get_encoded_many, ids)
@@ -145,10 +168,15 @@ class Engine:
 
     @asynccontextmanager
     async def track(
-        self, request: RerankRequest, kind: str = "rerank", *, deadline: float | None = None
+        self,
+        request: RerankRequest,
+        kind: str = "rerank",
+        queries: Sequence[str] = (),
+        *,
+        deadline: float | None = None,
     ) -> AsyncIterator[RequestTrace]:
         """Reports to the observers how it ended. Raises Unavailable while draining, DeadlineExceeded when late."""
-        trace = RequestTrace(request, self.name, kind)
+        trace = RequestTrace(request, self.name, kind, queries)
         self._num_in_flight += 1
         self._idle.clear()
         try:
@@ -183,14 +211,14 @@ class Engine:
         require(name)
         return self.catalogue.fresh(name) or await self.call(self.catalogue.open, name)
 
-    async def prompt(self, query: str, instruction: str | None) -> Prompt:
-        """The tokens before a passage. A long query is cut, and the prompt says so; a long instruction is rejected."""
-        prompt = await self.call(self.backend.prompt, query, instruction)
-        num_tokens = prompt.num_tokens - prompt.num_query_tokens - self._template_tokens
+    async def prompts(self, queries: Sequence[str], instruction: str | None) -> list[Prompt]:
+        """The tokens before a passage. A long query is cut, and its prompt says so; a long instruction is rejected."""
+        prompts = await self.call(lambda: [self.backend.prompt(query, instruction) for query in queries])
+        num_tokens = prompts[0].num_tokens - prompts[0].num_query_tokens - self._template_tokens
         if instruction and num_tokens > self.limits.max_instruction_tokens:
             expected = f"at most {self.limits.max_instruction_tokens} tokens"
             raise InvalidRequest("instruction", f"{num_tokens} tokens long", expected)
-        return prompt
+        return prompts
 
     def _plan_of(self, request: RerankRequest, named: Collection | None, lookup: Sequence[Collection] = ()) -> Plan:
         """Texts alone are scored at the ratio of the first collection they may be found in, so their scores compare."""
@@ -201,8 +229,10 @@ class Engine:
         """Runs what blocks, off the event loop and off the model's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
-    async def _plan(self, request: RerankRequest, deadline: float | None, trace: RequestTrace) -> RequestRun:
-        prompt = await self.prompt(request.query, request.instruction)
+    async def _plan(
+        self, request: RerankRequest, queries: Sequence[str], deadline: float | None, trace: RequestTrace
+    ) -> RequestRun:
+        prompts = await self.prompts(queries, request.instruction)
         collection = await self.open_collection(request.collection)
         # A passage named twice is scored once, which also makes it a tie to the last bit. A listwise model reads the
         # list as it was sent: a passage that is in it twice changes every score.
@@ -214,10 +244,11 @@ class Engine:
         chosen, limits = self._plan_of(request, collection, lookup), self.limits
         if limits.degrade and not self.reads_text:
             share = limits.degrade_queue_share
-            chosen, trace.degraded = self.admission.degrade(chosen, len(equal), prompt.num_tokens, deadline, share)
+            size = len(equal), mean_prompt_tokens(prompts)
+            chosen, trace.degraded = self.admission.degrade(chosen, *size, deadline, share, len(prompts))
         where = collection, chosen.base_ratio, request.on_miss
         able = [one for one in lookup if chosen.base_ratio % one.manifest.compression_ratio == 0]
-        wanted = FetchRequest(request.candidates, list(equal), *where, prompt, trace, able)
+        wanted = FetchRequest(request.candidates, list(equal), *where, prompts, trace, able)
         scored_by = self.backend, self.scheduler, self.admission, self.fetcher, self.score_cache, caller_scope()
         return RequestRun(*scored_by, limits.max_request_tokens, wanted, chosen, equal)
 
@@ -240,16 +271,24 @@ class Engine:
         texts = await self.call(wanted.texts, indexes) if wanted.collection is not None else wanted.texts(indexes)
         return [replace(one, text=texts.get(one.index) or None) for one in results]
 
-    def _summarize(self, run: RequestRun) -> Summary:
-        trace, prompt = run.wanted.trace, run.wanted.prompt
+    def _summarize(self, run: RequestRun, results: Sequence[Result], query: int = 0) -> Summary:
+        trace, prompt = run.wanted.trace, run.wanted.prompts[query]
         trace.timings = trace.timed()
-        scored = [one for one in trace.results if one.margin is not None]
+        scored = [one for one in results if one.margin is not None]
         counts = self.name, trace.timings, len(scored), prompt.num_query_tokens, prompt.query_truncated
         ended = trace.stopped_early, trace.degraded
         num_tokens = sum(one.num_passage_tokens for one in scored)
         truncated = tuple(sorted(one.index for one in scored if one.truncated))
         looked_up = trace.num_looked_up, trace.num_found
         return Summary(*counts, *run.plan.summary, *ended, *looked_up, num_tokens, truncated)
+
+
+def _rank(results: Sequence[Result], top_n: int) -> list[Result]:
+    """Candidates that reached a later stage rank first, ties by index; those that were not scored follow."""
+    scored = [one for one in results if one.margin is not None]
+    scored.sort(key=lambda one: (-len(one.stages), -(one.margin or 0.0), one.index))
+    unscored = sorted((one for one in results if one.margin is None), key=lambda one: one.index)
+    return scored[: top_n or None] + unscored
 
 
 @asynccontextmanager

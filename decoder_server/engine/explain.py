@@ -45,7 +45,7 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
         backend = engine.backend
         if not isinstance(backend, StatesBackend):
             raise InvalidRequest("model", engine.name, "a model that reads states: this one reads text, at no ratio")
-        prompt = await engine.prompt(request.query, request.instruction)
+        (prompt,) = await engine.prompts([request.query], request.instruction)
         collection = await engine.open_collection(request.collection)
         stored = collection.manifest.compression_ratio if collection is not None else 1
         chosen = request.compression_ratio or stored
@@ -55,7 +55,7 @@ async def explain(engine: Engine, request: RerankRequest, deadline: float) -> li
         indexes = range(len(request.candidates))
         explained = []
         with engine.admission.admit([(len(indexes) * len(ratios), stored)], prompt.num_tokens):
-            wanted = FetchRequest(request.candidates, indexes, collection, stored, None, prompt, trace)
+            wanted = FetchRequest(request.candidates, indexes, collection, stored, None, [prompt], trace)
             async for chunk in engine.fetcher.fetch(wanted, stored):
                 texts = await engine.call(wanted.texts, [one.index for one in chunk])
                 for one in chunk:

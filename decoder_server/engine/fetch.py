@@ -37,6 +37,7 @@ UNREADABLE = "it could not be read; the server's log has the cause"
 
 # Texts per call of the encoder worker, and calls in flight for one request.
 ENCODE_CHUNK, MAX_ENCODE_CALLS = 8, 2
+MIN_CHUNK = 4  # candidates per read, where many queries make many pairs of each
 POOL_CHUNK = 32  # passages pooled at a time, so that the first of a stage reach the model early
 
 
@@ -49,7 +50,7 @@ class FetchedPassage:
     status: Status
     passage: Passage | None = None  # states at the base ratio of the plan
     message: str = ""
-    pairs: Sequence[Pair] = ()  # at the ratio of the present stage
+    pairs: Sequence[Sequence[Pair]] = ()  # per prompt its windows, at the ratio of the present stage
     empty: bool = False  # nothing is there, because the text has no tokens
     text: str = ""  # to be encoded, if the states are to be had at all
     digest: bytes | None = None  # of that text; None: there is none
@@ -59,18 +60,24 @@ class FetchedPassage:
     def states(self) -> AnyStates | None:
         return self.passage if isinstance(self.passage, PassageStates | EncodedPassage) else None
 
-    def num_tokens(self, num_prompt_tokens: int) -> int:
-        """Tokens of the passage, its prompt's left out."""
+    def num_tokens(self, num_prompt_tokens: int, query: int = 0) -> int:
+        """Tokens of the passage, those of the query's prompt left out."""
         if self.states is not None:
             return self.states.num_tokens
-        return sum(max(0, pair.num_tokens - num_prompt_tokens) for pair in self.pairs)
+        return sum(max(0, pair.num_tokens - num_prompt_tokens) for pair in self.pairs[query])
 
     def scored(
-        self, margins: Sequence[float | None], ratio: int, num_prompt_tokens: int, activate: Callable[[float], float]
+        self,
+        margins: Sequence[float | None],  # of the query's windows
+        ratio: int,
+        num_prompt_tokens: int,
+        activate: Callable[[float], float],
+        query: int = 0,
     ) -> Result:
         """The result by its best window; with one window's margin unknown the best is unknown too."""
-        num_states = sum(pair.num_states for pair in self.pairs)
-        num_tokens = self.num_tokens(num_prompt_tokens)
+        pairs = self.pairs[query]
+        num_states = sum(pair.num_states for pair in pairs)
+        num_tokens = self.num_tokens(num_prompt_tokens, query)
         found_in, found_id = self.found or ("", "")
         known = [margin for margin in margins if margin is not None and math.isfinite(margin)]
         margin, status, message = max(known, default=None), self.status, ""
@@ -85,7 +92,7 @@ class FetchedPassage:
             message=message,
             num_states=num_states,
             compression_ratio=ratio,
-            truncated=any(pair.truncated for pair in self.pairs),
+            truncated=any(pair.truncated for pair in pairs),
             found_in=found_in,
             found_id=found_id,
             # A ratio may be far above the passage's length: its one state stands for no more tokens than there are.
@@ -99,14 +106,14 @@ Passages = AsyncGenerator[Fetched, None]
 
 @dataclass(frozen=True, slots=True)
 class FetchRequest:
-    """The candidates to fetch for one request, and under which prompt."""
+    """The candidates to fetch for one request, each once, and under which prompts: one for each query."""
 
     candidates: Sequence[Candidate]  # of the whole request
     indexes: Sequence[int]  # of those to fetch
     collection: Collection | None
     base_ratio: int
     on_miss: OnMiss | None  # None: encode, where an encoder is configured
-    prompt: Prompt
+    prompts: Sequence[Prompt]
     trace: RequestTrace
     lookup: Sequence[Collection] = ()  # where texts that are not stored under their id are looked up, in order
     unavailable: list[StoreUnavailable] = field(default_factory=list)  # after one, the store is not waited for again
@@ -133,6 +140,11 @@ class FetchRequest:
         return texts
 
 
+def mean_prompt_tokens(prompts: Sequence[Prompt]) -> int:
+    """Of a pair of a request, rounded up."""
+    return -(-sum(prompt.num_tokens for prompt in prompts) // len(prompts))
+
+
 class Fetcher:
     """Where the passages of one model come from."""
 
@@ -155,10 +167,11 @@ class Fetcher:
     async def fetch(self, request: FetchRequest, ratio: int) -> Passages:
         """Every candidate once, in any order, with pairs at `ratio`; what is stored does not wait for encodings."""
         indexes = iter(request.indexes)
+        size = max(MIN_CHUNK, self._chunk // len(request.prompts))
         to_encode: deque[Fetched] = deque()
         encoding: set[asyncio.Task[Fetched]] = set()
         try:
-            chunk = list(islice(indexes, self._chunk))
+            chunk = list(islice(indexes, size))
             while chunk or encoding or to_encode:
                 while to_encode and len(encoding) < MAX_ENCODE_CALLS:
                     encoding.add(asyncio.create_task(self._encode(request, ratio, to_encode.popleft())))
@@ -166,7 +179,7 @@ class Fetcher:
                 if not done and chunk:
                     fetched, misses = await self._fetch(request, ratio, chunk)
                     to_encode.extend(misses[i : i + ENCODE_CHUNK] for i in range(0, len(misses), ENCODE_CHUNK))
-                    chunk = list(islice(indexes, self._chunk))
+                    chunk = list(islice(indexes, size))
                     if fetched:
                         yield fetched
                     continue
@@ -327,8 +340,8 @@ class Fetcher:
             passages: Sequence[Passage | None] = [one.passage for one in ready]
             if ratio != request.base_ratio:
                 passages = all_at_ratio([one.states for one in ready if one.states is not None], ratio)
-            pairs = self._backend.pairs(request.prompt, passages)
-            made = {one.index: own for one, own in zip(ready, pairs, strict=True)}
+            pairs = [self._backend.pairs(prompt, passages) for prompt in request.prompts]
+            made = {one.index: own for one, own in zip(ready, zip(*pairs, strict=True), strict=True)}
             return [replace(one, pairs=made.get(one.index, ())) for one in fetched]
         except Exception as exc:
             if len(fetched) > 1:

@@ -35,14 +35,15 @@ class RequestTrace:
 
     request: RerankRequest
     model: str
-    kind: str = "rerank"  # or explain, or warm
+    kind: str = "rerank"  # or rerank_many, explain, warm
+    queries: Sequence[str] = ()  # of rerank_many, in place of the request's own
     start: float = field(default_factory=time.monotonic)
     end: float = 0.0
     code: str = "internal"  # ok, or why not: snake_case of the error's name
     fetches: list[Fetch] = field(default_factory=list)
     encodings: list[Fetch] = field(default_factory=list)
     passes: list[QueueInterval] = field(default_factory=list)
-    results: list[Result] = field(default_factory=list)  # of every candidate, top_n or not
+    results: list[Result] = field(default_factory=list)  # of every query and candidate, top_n or not
     num_looked_up: int = 0  # texts that were looked up in collections
     num_found: int = 0  # of those
     degraded: Degraded | None = None  # scored coarser than requested

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from decoder_server.config import DecoderConfig
-from preread.errors import InvalidRequest
-from preread.values import MAX_NUMBER, RerankRequest, Stage, stages_problem
+from preread.errors import InvalidRequest, Path
+from preread.values import MAX_NUMBER, MAX_QUERIES, RerankRequest, Stage, stages_problem
 from preread_edge.access import MAX_NAME_CHARS
 
 TEXT_RATIO = 0  # of a model that reads text
@@ -31,10 +31,11 @@ class Plan:
         """The one ratio and no stages; or 0 and those of a cascade."""
         return (0, self.stages) if self.cascade else (self.stages[0].compression_ratio, ())
 
-    def reads(self, num_candidates: int) -> list[tuple[int, int]]:
-        """Per stage, how many candidates it scores at most, and its ratio."""
+    def reads(self, num_candidates: int, num_queries: int = 1) -> list[tuple[int, int]]:
+        """Per stage, how many candidates it scores at most, each as often as queries do, and its ratio."""
         counts = accumulate((stage.keep for stage in self.stages[:-1]), min, initial=num_candidates)
-        return [(count, stage.compression_ratio) for count, stage in zip(counts, self.stages, strict=True)]
+        stages = zip(counts, self.stages, strict=True)
+        return [(count * num_queries, stage.compression_ratio) for count, stage in stages]
 
     def coarser(self) -> "list[Plan]":
         """This plan, then coarser ones: a cascade without its last stages, then ratios doubled up to MAX_RATIO."""
@@ -81,12 +82,23 @@ def plan(request: RerankRequest, limits: DecoderConfig, stored_ratio: int | None
     return Plan((Stage(stored_ratio or model_ratio),))
 
 
-def check(request: RerankRequest, limits: DecoderConfig) -> None:
-    """Checks everything that needs neither tokenizer nor store; InvalidRequest for the first field out of range."""
-    if not request.query:
-        raise InvalidRequest("query", "", "a query that is not empty")
+def check(request: RerankRequest, limits: DecoderConfig, queries: Sequence[str] | None = None) -> None:
+    """Checks everything that needs neither tokenizer nor store; InvalidRequest for the first field out of range.
+
+    `queries` are those of a call of many, in place of the request's own.
+    """
+    asked: dict[str | Path, str] = {"query": request.query}
+    if queries is not None:
+        if not 1 <= len(queries) <= MAX_QUERIES:
+            raise InvalidRequest("queries", f"{len(queries)} of them", f"1..{MAX_QUERIES}")
+        if request.query:
+            raise InvalidRequest("request.query", request.query[:100], "none: queries has them")
+        asked = {("queries", i): query for i, query in enumerate(queries)}
+    for field, query in asked.items():
+        if not query:
+            raise InvalidRequest(field, "", "a query that is not empty")
     most = limits.max_query_bytes
-    for field, text in (("query", request.query), ("instruction", request.instruction or "")):
+    for field, text in (asked | {"instruction": request.instruction or ""}).items():
         # A character is at most four bytes: most texts need no encoding to be known short.
         if len(text) * 4 > most and len(text.encode()) > most:
             raise InvalidRequest(field, f"{len(text.encode())} bytes long", f"at most {most} bytes")

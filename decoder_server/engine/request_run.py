@@ -1,22 +1,25 @@
 """One planned request: it is admitted, passages arrive, their pairs are queued, margins come back, results go out.
 
-Each stage of a cascade scores the best of the stage before at a finer ratio; a plain request has one stage.
+Each stage of a cascade scores the best of the stage before at a finer ratio; a plain request has one stage. A request
+of many queries reads each passage once, for all of them.
 """
 
 import asyncio
 import heapq
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice, zip_longest
+from typing import Any, Self
 
 from decoder_server.engine.admission import Admission
-from decoder_server.engine.fetch import Fetched, FetchedPassage, Fetcher, FetchRequest, Passages
+from decoder_server.engine.fetch import Fetched, FetchedPassage, Fetcher, FetchRequest, Passages, mean_prompt_tokens
 from decoder_server.engine.plan import Plan
 from decoder_server.engine.scheduler import RequestQueue, Scheduler
 from decoder_server.engine.score_cache import ScoreCache
-from decoder_server.models.backend import Backend
+from decoder_server.models.backend import Backend, Pair
 from preread.errors import FailedPrecondition, InvalidRequest
 from preread.values import Candidate, Result, StageScore
 
@@ -39,14 +42,16 @@ class RequestRun:
     fetcher: Fetcher
     score_cache: ScoreCache
     scope: bytes  # of the caller: margins of other scopes are not read from the cache
-    max_tokens: int | None  # prompt tokens and states over all pairs; None: no limit
+    max_tokens: int | None  # prompt tokens and states over all pairs of all queries; None: no limit
     wanted: FetchRequest  # states at the plan's base ratio
     plan: Plan
     equal: Mapping[int, Sequence[int]]  # of candidates that are fetched: all that name the same passage
     num_tokens: int = 0  # submitted so far
 
-    async def results(self, deadline: float | None) -> AsyncGenerator[list[Result], None]:
-        """Admits the request, then gives every candidate's result once, as soon as it is settled.
+    async def results(self, deadline: float | None) -> AsyncGenerator[tuple[int, list[Result]], None]:
+        """Admits the request, then gives every query's result of every candidate once, as soon as it is settled.
+
+        Each list is of one query, named by its index.
 
         Raises Overloaded where there is no room, FailedPrecondition where on_miss is fail and a candidate is missing,
         InvalidRequest for more tokens than a request may have, Unavailable when the scheduler has ended.
@@ -55,58 +60,78 @@ class RequestRun:
         stop_at = None  # when a cascade responds with what it has
         if self.plan.cascade and deadline is not None:
             stop_at = deadline - min(RESPONSE_SECONDS, RESPONSE_SHARE * (deadline - trace.start))
-        cascade = CascadeState(self.plan, self.wanted.indexes)
-        reads = self.plan.reads(len(self.equal))
+        cascades = [CascadeState(self.plan, self.wanted.indexes) for _ in self.wanted.prompts]
+        reads = self.plan.reads(len(self.equal), len(cascades))
         with (
-            self.admission.admit(reads, self.wanted.prompt.num_tokens) as reservation,
+            self.admission.admit(reads, mean_prompt_tokens(self.wanted.prompts)) as reservation,
             self.scheduler.queued(reservation.num_tokens, deadline) as queue,
         ):
-            trace.passes = queue.passes
-            passages = self.fetcher.fetch(self.wanted, cascade.ratio)
-            while True:
-                async with aclosing(self._scored(queue, passages, cascade, stop_at)) as stage:
-                    async for scored in stage:
-                        reservation.finished(len(scored), cascade.stage)
-                        if settled := cascade.settle(scored):
-                            yield self._named(settled)
-                if cascade.owed:  # the deadline is near
+            queue.passes = trace.passes
+            passages = self.fetcher.fetch(self.wanted, reads[0][1])
+            for stage, (_, ratio) in enumerate(reads):
+                if stage > 0:
+                    best = zip_longest(*(cascade.advance() for cascade in cascades))
+                    union = {one.index: one for rank in best for one in rank if one is not None}
+                    passages = self.fetcher.at_ratio(self.wanted, [*union.values()], ratio)
+                async with aclosing(self._scored(queue, passages, cascades, stage, stop_at)) as results:
+                    async for query, scored in results:
+                        reservation.finished(len(scored), stage)
+                        if settled := cascades[query].settle(scored):
+                            yield query, self._named(settled)
+                if any(cascade.owed for cascade in cascades):  # the deadline is near
                     trace.stopped_early = True
-                    yield self._named(cascade.stop(self.wanted.candidates))
+                    for query, cascade in enumerate(cascades):
+                        yield query, self._named(cascade.stop(self.wanted.candidates))
                     return
-                if not (best := cascade.advance()):
-                    return
-                passages = self.fetcher.at_ratio(self.wanted, best, cascade.ratio)
 
     async def _scored(
-        self, queue: RequestQueue, passages: Passages, cascade: "CascadeState", stop_at: float | None
-    ) -> AsyncGenerator[list[_Scored], None]:
-        """Results of one stage, as passages arrive and passes end; fewer when it is time to stop."""
-        num_prompt_tokens, activate = self.wanted.prompt.num_tokens, self.backend.activate
-        scheduled: dict[_Margins, FetchedPassage] = {}
+        self,
+        queue: RequestQueue,
+        passages: Passages,
+        cascades: Sequence["CascadeState"],
+        stage: int,
+        stop_at: float | None,
+    ) -> AsyncGenerator[tuple[int, list[_Scored]], None]:
+        """Results of one stage, by query, as passages arrive and passes end; fewer when it is time to stop."""
+        num_prompt_tokens = [prompt.num_tokens for prompt in self.wanted.prompts]
+        ratio = self.plan.stages[stage].compression_ratio
+        scheduled: dict[_Margins, _PassagePairs] = {}
         arriving: asyncio.Task[Fetched] | None = asyncio.create_task(self._next(queue, passages))
         try:
             while arriving or scheduled:
-                timeout = None if stop_at is None or not cascade.any_scored else max(0.0, stop_at - time.monotonic())
+                timeout = None
+                if stop_at is not None and all(cascade.any_scored for cascade in cascades):
+                    timeout = max(0.0, stop_at - time.monotonic())
                 awaited: list[asyncio.Future[Any]] = [*scheduled, arriving] if arriving else [*scheduled]
                 done, _ = await asyncio.wait(awaited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     return
-                ended = [(scheduled.pop(margins), margins.result()) for margins in [*scheduled] if margins in done]
+                results: dict[int, list[_Scored]] = defaultdict(list)
+                ended = [scheduled.pop(margins).filled(margins.result()) for margins in [*scheduled] if margins in done]
                 self._keep(ended)
-                results = []
                 if arriving in done:
-                    chunk = arriving.result()
-                    results += [(one, self._unscored(one)) for one in chunk if one.passage is None]
-                    for one, known in self._known([one for one in chunk if one.passage is not None]):
-                        self._count(one, cascade)
-                        if None in known:
-                            scheduled[self.scheduler.submit(queue, one.pairs)] = one
+                    chunk, read = arriving.result(), list[_PassagePairs]()
+                    for one in chunk:
+                        queries = [query for query, cascade in enumerate(cascades) if one.index in cascade.owed]
+                        if one.passage is not None:
+                            read.append(_PassagePairs.of(one, queries))
+                            continue
+                        for query in queries:
+                            results[query].append((one, self._unscored(one)))
+                    for pairs in self._known(read):
+                        self._count(pairs, stage)
+                        if left := pairs.left:
+                            scheduled[self.scheduler.submit(queue, left)] = pairs
                         else:
-                            ended.append((one, known))
+                            ended.append(pairs)
                     arriving = asyncio.create_task(self._next(queue, passages)) if chunk else None
-                results += [(one, one.scored(own, cascade.ratio, num_prompt_tokens, activate)) for one, own in ended]
-                if results:
-                    yield results
+                for pairs in ended:
+                    for query, own in pairs.by_query():
+                        num_tokens, activate = num_prompt_tokens[query], self.backend.activate
+                        result = pairs.passage.scored(own, ratio, num_tokens, activate, query)
+                        results[query].append((pairs.passage, result))
+                for query, scored in results.items():
+                    yield query, scored
         finally:
             if arriving:
                 arriving.cancel()
@@ -120,24 +145,28 @@ class RequestRun:
             return [one async for chunk in passages for one in chunk]
         return await anext(passages, [])
 
-    def _known(self, passages: Fetched) -> list[tuple[FetchedPassage, list[float | None]]]:
-        """Passages with their margins of earlier requests, per pair; None: not known."""
-        pairs = [pair.identity for one in passages for pair in one.pairs] if self.score_cache.enabled else []
-        known = iter(self.score_cache.get(pairs, self.scope))
-        return [(one, [next(known, None) for _ in one.pairs]) for one in passages]
+    def _known(self, read: "list[_PassagePairs]") -> "list[_PassagePairs]":
+        """With the margins of earlier requests."""
+        if self.score_cache.enabled:
+            identities = [pair.identity for pairs in read for pair in pairs.pairs]
+            known = iter(self.score_cache.get(identities, self.scope))
+            for pairs in read:
+                pairs.margins = list(islice(known, len(pairs.pairs)))
+        return read
 
-    def _keep(self, scored: Sequence[tuple[FetchedPassage, list[float | None]]]) -> None:
-        if scored and self.score_cache.enabled:
-            pairs = [pair.identity for one, _ in scored for pair in one.pairs]
-            self.score_cache.put(pairs, [margin for _, own in scored for margin in own], self.scope)
+    def _keep(self, ended: "list[_PassagePairs]") -> None:
+        if ended and self.score_cache.enabled:
+            identities = [pair.identity for pairs in ended for pair in pairs.pairs]
+            self.score_cache.put(identities, [margin for pairs in ended for margin in pairs.margins], self.scope)
 
-    def _count(self, one: FetchedPassage, cascade: "CascadeState") -> None:
-        self.num_tokens += sum(pair.num_tokens for pair in one.pairs)
+    def _count(self, pairs: "_PassagePairs", stage: int) -> None:
+        self.num_tokens += sum(pair.num_tokens for pair in pairs.pairs)
         if self.max_tokens is not None and self.num_tokens > self.max_tokens:
-            expected = f"at most {self.max_tokens}, prompt tokens and states over all candidates"
+            expected = f"at most {self.max_tokens}, prompt tokens and states over all candidates and queries"
             raise InvalidRequest("tokens of the request", self.num_tokens, expected)
-        if cascade.stage == 0:
-            self.admission.learn(one.num_tokens(self.wanted.prompt.num_tokens))
+        if stage == 0:
+            query = pairs.queries[0]
+            self.admission.learn(pairs.passage.num_tokens(self.wanted.prompts[query].num_tokens, query))
 
     def _unscored(self, one: FetchedPassage) -> Result:
         passage_id = one.passage_id or ""
@@ -152,8 +181,42 @@ class RequestRun:
         return [one if i == one.index else replace(one, index=i) for one in settled for i in self.equal[one.index]]
 
 
+@dataclass(slots=True, eq=False)
+class _PassagePairs:
+    """A passage under the prompts of some queries: window by window, of each those of all queries.
+
+    So a batch computes a window once for them.
+    """
+
+    passage: FetchedPassage
+    queries: Sequence[int]
+    pairs: Sequence[Pair]
+    margins: list[float | None]  # per pair; None: not known
+
+    @classmethod
+    def of(cls, passage: FetchedPassage, queries: Sequence[int]) -> Self:
+        windows = zip(*(passage.pairs[query] for query in queries), strict=True)
+        pairs = [pair for window in windows for pair in window]
+        return cls(passage, queries, pairs, [None] * len(pairs))
+
+    @property
+    def left(self) -> list[Pair]:
+        """Those whose margin is not known."""
+        return [pair for pair, margin in zip(self.pairs, self.margins, strict=True) if margin is None]
+
+    def filled(self, margins: Iterable[float | None]) -> Self:
+        """With margins of what was left."""
+        computed = iter(margins)
+        self.margins = [next(computed) if margin is None else margin for margin in self.margins]
+        return self
+
+    def by_query(self) -> Iterator[tuple[int, list[float | None]]]:
+        """Each query with the margins of its windows."""
+        return ((query, self.margins[i :: len(self.queries)]) for i, query in enumerate(self.queries))
+
+
 class CascadeState:
-    """How far the candidates of one request have come. In the last stage every result is settled as it comes.
+    """How far the candidates of one query have come. In the last stage every result is settled as it comes.
 
     A passage that can no longer reach the next stage is dropped immediately, states and all.
     """

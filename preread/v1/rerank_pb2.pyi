@@ -185,6 +185,22 @@ class RerankStreamResponse(_message.Message):
     summary: RerankStreamResponse.Summary
     def __init__(self, batch: _Optional[_Union[RerankStreamResponse.Batch, _Mapping]] = ..., summary: _Optional[_Union[RerankStreamResponse.Summary, _Mapping]] = ...) -> None: ...
 
+class RerankManyRequest(_message.Message):
+    __slots__ = ("request", "queries")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    request: RerankRequest
+    queries: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request: _Optional[_Union[RerankRequest, _Mapping]] = ..., queries: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RerankManyResponse(_message.Message):
+    __slots__ = ("index", "response")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    response: RerankResponse
+    def __init__(self, index: _Optional[int] = ..., response: _Optional[_Union[RerankResponse, _Mapping]] = ...) -> None: ...
+
 class ListModelsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -45,6 +45,11 @@ class RerankServiceStub:
                 request_serializer=preread_dot_v1_dot_rerank__pb2.RerankStreamRequest.SerializeToString,
                 response_deserializer=preread_dot_v1_dot_rerank__pb2.RerankStreamResponse.FromString,
                 _registered_method=True)
+        self.RerankMany = channel.unary_stream(
+                '/preread.v1.RerankService/RerankMany',
+                request_serializer=preread_dot_v1_dot_rerank__pb2.RerankManyRequest.SerializeToString,
+                response_deserializer=preread_dot_v1_dot_rerank__pb2.RerankManyResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/preread.v1.RerankService/ListModels',
                 request_serializer=preread_dot_v1_dot_rerank__pb2.ListModelsRequest.SerializeToString,
@@ -82,6 +87,15 @@ class RerankServiceServicer:
         """Same request; returns scored batches as they finish, in no particular
         order, then one final message with the summary. In a cascade a candidate
         comes once, when no further stage will score it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RerankMany(self, request, context):
+        """Scores several queries against the same candidates: one message for each
+        query, in their order. A passage is fetched once, and of its keys and values
+        what depends on no query is computed once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +142,11 @@ def add_RerankServiceServicer_to_server(servicer, server):
                     servicer.RerankStream,
                     request_deserializer=preread_dot_v1_dot_rerank__pb2.RerankStreamRequest.FromString,
                     response_serializer=preread_dot_v1_dot_rerank__pb2.RerankStreamResponse.SerializeToString,
+            ),
+            'RerankMany': grpc.unary_stream_rpc_method_handler(
+                    servicer.RerankMany,
+                    request_deserializer=preread_dot_v1_dot_rerank__pb2.RerankManyRequest.FromString,
+                    response_serializer=preread_dot_v1_dot_rerank__pb2.RerankManyResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -205,6 +224,33 @@ class RerankService:
             '/preread.v1.RerankService/RerankStream',
             preread_dot_v1_dot_rerank__pb2.RerankStreamRequest.SerializeToString,
             preread_dot_v1_dot_rerank__pb2.RerankStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RerankMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/preread.v1.RerankService/RerankMany',
+            preread_dot_v1_dot_rerank__pb2.RerankManyRequest.SerializeToString,
+            preread_dot_v1_dot_rerank__pb2.RerankManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

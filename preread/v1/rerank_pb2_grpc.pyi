@@ -40,6 +40,11 @@ class RerankServiceStub:
     order, then one final message with the summary. In a cascade a candidate
     comes once, when no further stage will score it.
     """
+    RerankMany: _grpc.UnaryStreamMultiCallable[_rerank_pb2.RerankManyRequest, _rerank_pb2.RerankManyResponse]
+    """Scores several queries against the same candidates: one message for each
+    query, in their order. A passage is fetched once, and of its keys and values
+    what depends on no query is computed once.
+    """
     ListModels: _grpc.UnaryUnaryMultiCallable[_rerank_pb2.ListModelsRequest, _rerank_pb2.ListModelsResponse]
     """The models served here and their limits."""
     ListCollections: _grpc.UnaryUnaryMultiCallable[_rerank_pb2.ListCollectionsRequest, _rerank_pb2.ListCollectionsResponse]
@@ -62,6 +67,11 @@ class RerankServiceAsyncStub(RerankServiceStub):
     """Same request; returns scored batches as they finish, in no particular
     order, then one final message with the summary. In a cascade a candidate
     comes once, when no further stage will score it.
+    """
+    RerankMany: _aio.UnaryStreamMultiCallable[_rerank_pb2.RerankManyRequest, _rerank_pb2.RerankManyResponse]  # type: ignore[assignment]
+    """Scores several queries against the same candidates: one message for each
+    query, in their order. A passage is fetched once, and of its keys and values
+    what depends on no query is computed once.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_rerank_pb2.ListModelsRequest, _rerank_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The models served here and their limits."""
@@ -94,6 +104,17 @@ class RerankServiceServicer(metaclass=_abc_1.ABCMeta):
         """Same request; returns scored batches as they finish, in no particular
         order, then one final message with the summary. In a cascade a candidate
         comes once, when no further stage will score it.
+        """
+
+    @_abc_1.abstractmethod
+    def RerankMany(
+        self,
+        request: _rerank_pb2.RerankManyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_rerank_pb2.RerankManyResponse], _abc.AsyncIterator[_rerank_pb2.RerankManyResponse]]:
+        """Scores several queries against the same candidates: one message for each
+        query, in their order. A passage is fetched once, and of its keys and values
+        what depends on no query is computed once.
         """
 
     @_abc_1.abstractmethod

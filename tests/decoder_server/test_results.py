@@ -18,7 +18,7 @@ def fetched(index: int, windows: tuple[int, ...]) -> FetchedPassage:
     states = PassageStates(np.zeros((sum(windows), 4), np.float32), windows, 1, False, text_digest("x"))
     prompt = TokenizedPrompt([1, 2, 3], 1, False)
     pairs = [StatePair(prompt, window) for window in states.windows()]
-    return FetchedPassage(index, f"p{index}", "hit", states, pairs=pairs)
+    return FetchedPassage(index, f"p{index}", "hit", states, pairs=[pairs])
 
 
 # P(yes) of published margins, reference of KaLM-Reranker-V1-Nano.

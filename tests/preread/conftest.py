@@ -63,6 +63,12 @@ class ScriptedService(rerank_pb2_grpc.RerankServiceServicer):
             answer = [rerank_pb2.RerankStreamResponse(batch={"results": answer.results})]
         yield from answer
 
+    def RerankMany(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        answer = self._next(request.request, context)
+        if isinstance(answer, rerank_pb2.RerankResponse):
+            answer = [rerank_pb2.RerankManyResponse(index=i, response=answer) for i in range(len(request.queries))]
+        yield from answer
+
 
 class ReadingWorker(encoder_pb2_grpc.EncoderServiceServicer):
     """Acknowledges the passages of uploads as stored; remembers their ids. Ends one after `max_messages`."""

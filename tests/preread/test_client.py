@@ -119,6 +119,22 @@ async def test_the_async_client_answers_the_same(server_pair, client, collection
     assert stream.summary is not None
 
 
+async def test_many_queries_are_answered_as_one_by_one(server_pair, client, collection) -> None:
+    queries = [QUERY, "grass", "a longer question about the colour of the sea at night", QUERY]
+    candidates, options = [*PASSAGES, "nothing", "sky"], {"collection": collection, "top_n": 3, "return_text": True}
+    found = client.rerank_many(iter(queries), candidates, **options)
+    async with AsyncClient(server_pair.address) as other:
+        again = await other.rerank_many(queries, candidates, **options)
+    for query, *answers in zip(queries, found, again, strict=True):
+        alone = client.rerank(query, candidates, **options)
+        for answer in answers:
+            check_same(answer, alone)
+            assert without_times(answer.summary) == without_times(alone.summary)
+    assert len({answer.request_id for answer in found}) == 1
+    with pytest.raises(InvalidRequest, match=r"queries\[1\] is ''; expected a query that is not empty"):
+        client.rerank_many(["fine", ""], candidates, collection=collection)
+
+
 def test_one_client_serves_many_threads(client, collection) -> None:
     alone = client.rerank(QUERY, list(PASSAGES), collection=collection).results
     with ThreadPoolExecutor(8) as pool:

@@ -48,6 +48,7 @@ def _calls(client: Any) -> dict[str, Callable[..., Any]]:
     """Every call with one argument to fill in, by the name an error must have."""
     return {
         "query": lambda bad: client.rerank(bad, ["a"]),
+        "queries[1]": lambda bad: client.rerank_many(["q", bad], ["a"]),
         "candidates[1]": lambda bad: client.rerank("q", ["a", bad]),
         "candidates[0].text": lambda bad: client.rerank("q", [Candidate(text=bad)]),
         "candidates[0].passage_id": lambda bad: client.rerank("q", [Candidate(bad)], collection="c"),
@@ -118,6 +119,9 @@ WRONG = [
     ("collection", lambda c: c.rerank("q", ["a"], collection=3)),
     ("collection", lambda c: c.rerank("q", ["a"], collection=np.array(["a", "b"]))),
     ("collection", lambda c: c.rerank_stream("q", ["a"], collection=b"c")),
+    ("queries", lambda c: c.rerank_many("q", ["a"])),
+    ("queries[0]", lambda c: c.rerank_many([1], ["a"])),
+    ("candidates", lambda c: c.rerank_many(["q"], "a")),
     ("instruction", lambda c: c.warm(["a"], collection="c", instruction=3)),
     ("on_miss", lambda c: c.rerank("q", ["a"], on_miss=3)),
     ("model", lambda c: c.rerank("q", ["a"], model=3)),

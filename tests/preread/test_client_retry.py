@@ -136,6 +136,28 @@ async def test_a_stream_is_retried_until_its_first_result(scripted, failing) -> 
         assert [one.index async for one in stream] == [1]
 
 
+async def test_a_call_of_many_is_retried_as_a_whole(scripted, failing, answering) -> None:
+    """Also after some of its messages, since none was given out."""
+    unavailable = failing(grpc.StatusCode.UNAVAILABLE)
+
+    def breaks(request, context):
+        yield rerank_pb2.RerankManyResponse()
+        yield from unavailable(request, context)
+
+    scripted.service.script = [unavailable, breaks, answering]
+    with Client(scripted.address, options=FAST) as client:
+        found = client.rerank_many(["one", "two"], ["a", "b", "c"])
+    assert [len(ranking) for ranking in found] == [3, 3]
+    assert {one["x-request-id"] for one in scripted.service.metadata} == {found[1].request_id}
+
+    scripted.service.script = [breaks, answering]
+    async with AsyncClient(scripted.address, options=FAST) as other:
+        assert await other.rerank_many(["one", "two"], ["a", "b", "c"]) == found
+    scripted.service.script = [failing(grpc.StatusCode.INVALID_ARGUMENT)]
+    with Client(scripted.address, options=FAST) as client, pytest.raises(InvalidRequest):
+        client.rerank_many(["one"], ["a"])
+
+
 async def test_a_cancelled_stream_says_so_and_is_not_retried(scripted, failing) -> None:
     over = threading.Event()
     scripted.service.script = [lambda request, context: iter([over.wait(60)])]
