@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +42,12 @@ from preread_edge.tables import NUMBER, TEXT, WHOLE, Cell, Column, Table, print_
 if TYPE_CHECKING:
     from encoder_worker.sources import Place
 
-Score = Callable[[str, Sequence[Candidate]], Reranking]
+Score = Callable[[Sequence[str], Sequence[Candidate]], list[Reranking]]
 
 MAX_WHOLE_COLLECTION = 5000  # to try things out with; beyond this a first stage chooses candidates
 DEFAULT_TOP_N = 10
 MAX_TEXT_CHARACTERS = 400
+QUERIES_PER_CALL = 32  # over the same candidates: a passage is computed once for them; more save hardly more
 CHUNK = 64  # passages of one warming call: the bar moves on after each, and no request to the server waits for it long
 CACHE_FLAGS = {"keys": "--keys-cache-bytes", "prefixes": "--prefix-cache-bytes"}
 
@@ -83,7 +84,12 @@ _query_options = flags.options_of(
     "What the collection cannot give is scored at the next ratio that it can.",
 )
 @option("--on-miss", type=click.Choice(["encode", "skip", "fail"]), help="For ids without states.  [default: server's]")
-@option("--concurrency", type=flags.COUNT, default=4, help="With --queries: requests in flight.")
+@option(
+    "--concurrency",
+    type=flags.COUNT,
+    default=4,
+    help="With --queries: queries in flight; without --run 32 are one request.",
+)
 @option("--local", is_flag=True, help="Call no server: load --model in this process, over --store.")
 @model_option
 @flags.store
@@ -116,19 +122,22 @@ def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
         "model": given["model_name"],
         "top_n": (DEFAULT_TOP_N if query is not None else 0) if given["top_n"] is None else given["top_n"],
         "return_text": query is not None,
+        "timeout": given["timeout_seconds"],  # of each query
     }
     with _client(given, flags.LONG_RETRY_SECONDS if query is None else flags.SHORT_RETRY_SECONDS) as client:
-        limits = {info.name: info.max_candidates for info in client.list_models()}
-        if not limits:
+        models = {info.name: info for info in client.list_models()}
+        if not models:
             raise CommandFailed(f"the server at {given['address']} is still loading its models", UNAVAILABLE)
         # the server rejects unknown names
-        max_candidates = limits.get(given["model_name"]) or next(iter(limits.values()))
-        score = partial(_rerank_in_parts, client, max_candidates=max_candidates, options=options)
+        model = models.get(given["model_name"]) or next(iter(models.values()))
+        score = partial(_rerank_in_parts, client, max_candidates=model.max_candidates, options=options)
         if query is None:
-            num_bad = _many_queries(client, score, given)
+            # A model that reads text shares nothing between queries.
+            shares = given["run_file"] is None and model.encoder is not None
+            num_bad = _many_queries(client, score, given, QUERIES_PER_CALL if shares else 1)
         else:
             candidates = _candidates(client, given)
-            answer = score(query, candidates)
+            (answer,) = score([query], candidates)
             num_bad = len(candidates) - answer.summary.num_scored
             if given["as_json"]:
                 print_json({"query": query} | dataclasses.asdict(answer))
@@ -174,8 +183,11 @@ def _check(query: str | None, given: Mapping[str, Any]) -> None:
             raise click.UsageError(message)
 
 
-def _many_queries(client: preread.Client, score: Score, given: Mapping[str, Any]) -> int:
-    """A line or a TREC run for each query, and on standard error how it went; how many candidates were not scored."""
+def _many_queries(client: preread.Client, score: Score, given: Mapping[str, Any], per_call: int) -> int:
+    """A line or a TREC run for each query, and on standard error how it went; how many candidates were not scored.
+
+    Each call has `per_call` queries, which then have the same candidates.
+    """
     from tuning.trec import check_ids, run_lines
 
     queries = _read_queries(given["queries"])
@@ -192,9 +204,13 @@ def _many_queries(client: preread.Client, score: Score, given: Mapping[str, Any]
         file = stack.enter_context(open_output(given["output"]))
         mixed = is_stdout(given["output"]) and sys.stdout.isatty()  # a bar would run into the rows
         on_progress = None if mixed else stack.enter_context(progress_bar("reranking", "queries"))
-        pool = ThreadPoolExecutor(given["concurrency"])  # so many requests in flight, so that the server can batch
+        # So many requests in flight, so that the server can batch; one of many queries fills its batches alone.
+        pool = ThreadPoolExecutor(max(1, given["concurrency"] // per_call))
         stack.callback(pool.shutdown, cancel_futures=True)
-        answers = pool.map(score, queries.values(), [candidates[query_id] for query_id in queries])
+        ids = list(queries)
+        calls = [ids[first : first + per_call] for first in range(0, len(ids), per_call)]
+        texts = ([queries[query_id] for query_id in call] for call in calls)
+        answers = chain.from_iterable(pool.map(score, texts, [candidates[call[0]] for call in calls]))
         for (query_id, query), answer in zip(queries.items(), answers, strict=True):
             if given["as_json"]:
                 row = {"query_id": query_id, "query": query} | dataclasses.asdict(answer)
@@ -234,20 +250,43 @@ def _from_run(path: Path, queries: Mapping[str, str], depth: int) -> dict[str, S
 
 
 def _rerank_in_parts(
-    client: preread.Client, query: str, candidates: Sequence[Candidate], max_candidates: int, options: RerankOptions
-) -> Reranking:
-    """Every candidate scored, best first, then those that could not be; cut to options' top_n.
+    client: preread.Client,
+    queries: Sequence[str],
+    candidates: Sequence[Candidate],
+    max_candidates: int,
+    options: RerankOptions,
+) -> list[Reranking]:
+    """For each query every candidate scored, best first, then those that could not be; cut to options' top_n.
 
     A request carries at most `max_candidates`; more are sent in several, and merged: a score does not depend on the
     other candidates. Of a cascade each request keeps as many as one would, so no less is scored than in one.
     """
+    firsts = range(0, len(candidates), max_candidates)
+    parts = [_rerank(client, queries, candidates[first : first + max_candidates], options) for first in firsts]
+    return [_merged(own, firsts, options.get("top_n") or None) for own in zip(*parts, strict=True)]
+
+
+def _rerank(
+    client: preread.Client, queries: Sequence[str], candidates: Sequence[Candidate], options: RerankOptions
+) -> list[Reranking]:
+    """One request, or, where a full queue has no room for that of many queries, smaller ones."""
+    if len(queries) == 1:
+        return [client.rerank(queries[0], candidates, **options)]
+    try:
+        seconds = (options["timeout"] or 0.0) * len(queries)
+        return client.rerank_many(queries, candidates, **(options | {"timeout": seconds}))
+    except preread.Overloaded:
+        middle = len(queries) // 2
+        halves = queries[:middle], queries[middle:]
+        return [answer for half in halves for answer in _rerank(client, half, candidates, options)]
+
+
+def _merged(answers: Sequence[Reranking], firsts: Iterable[int], top_n: int | None) -> Reranking:
+    """The responses to requests whose candidates begin at `firsts`, as one."""
     results: list[Result] = []
-    parts, ids = [], []
-    for first in range(0, len(candidates), max_candidates):
-        part = client.rerank(query, candidates[first : first + max_candidates], **options)
-        results += [dataclasses.replace(result, index=result.index + first) for result in part]
-        parts.append(part.summary)
-        ids.append(part.request_id)
+    for first, answer in zip(firsts, answers, strict=True):
+        results += [dataclasses.replace(result, index=result.index + first) for result in answer]
+    parts, ids = [answer.summary for answer in answers], [answer.request_id for answer in answers]
     scored = [result for result in results if result.margin is not None]
     scored.sort(key=lambda r: (-len(r.stages), -(r.margin or 0.0), r.index))
     others = sorted((r for r in results if r.margin is None), key=lambda r: r.index)
@@ -259,7 +298,7 @@ def _rerank_in_parts(
         stopped_early=any(part.stopped_early for part in parts),
         degraded=next((part.degraded for part in parts if part.degraded is not None), None),
     )
-    return Reranking((*scored[: options.get("top_n") or None], *others), summary, ",".join(ids))
+    return Reranking((*scored[:top_n], *others), summary, ",".join(ids))
 
 
 def run_rows(answer: Reranking) -> list[tuple[str, float]]:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from zlib import crc32
 
 import grpc
 import ir_measures
@@ -18,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from preread import Client, Passage
-from preread.v1 import rerank_pb2, rerank_pb2_grpc
+from preread.v1 import common_pb2, rerank_pb2, rerank_pb2_grpc
 from preread_cli.main import cli
 from preread_local import Reranker
 from tuning.trec import read_run
@@ -316,6 +317,69 @@ def test_a_server_that_is_still_loading_is_3_and_said() -> None:
     server.stop(0).wait()
     assert answer.exit_code == 3
     assert f"the server at {address} is still loading its models" in answer.stderr
+
+
+class Counting(rerank_pb2_grpc.RerankServiceServicer):
+    """Scores by the bytes of query and passage; remembers how many queries each call had, up to `room` of them."""
+
+    def __init__(self, *, reads_text: bool, room: int) -> None:
+        self.calls: list[int] = []
+        self.room = room
+        encoder = None if reads_text else common_pb2.EncoderIdentity(dim=64)
+        self.model = rerank_pb2.ModelInfo(name="counting", encoder=encoder, max_candidates=4)
+
+    def ListModels(self, request, context):  # noqa: N802
+        return rerank_pb2.ListModelsResponse(models=[self.model])
+
+    def Rerank(self, request, context):  # noqa: N802
+        self.calls.append(1)
+        return self.ranked(request.query, request)
+
+    def RerankMany(self, request, context):  # noqa: N802
+        self.calls.append(len(request.queries))
+        if len(request.queries) > self.room:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
+        for i, query in enumerate(request.queries):
+            yield rerank_pb2.RerankManyResponse(index=i, response=self.ranked(query, request.request))
+
+    def ranked(self, query: str, request: rerank_pb2.RerankRequest) -> rerank_pb2.RerankResponse:
+        margins = [crc32(f"{query} {one.passage_id}".encode()) / 2**31 for one in request.candidates]
+        best = sorted(range(len(margins)), key=lambda i: -margins[i])
+        given = [(i, margins[i], request.candidates[i].passage_id) for i in best]
+        results = [rerank_pb2.Result(index=i, margin=m, score=m / 4, passage_id=name, status=1) for i, m, name in given]
+        return rerank_pb2.RerankResponse(results=results, model="counting", num_scored=len(results))
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "reads_text", "room", "calls"),
+    [
+        (70, False, 64, [32, 32, 32, 32, 6, 6]),  # six candidates go in two requests
+        (10, False, 64, [10, 10]),
+        (5, False, 2, [5, 2, 3, 1, 2] * 2),  # halves, where the server has no room for all
+        (3, True, 64, [1] * 6),
+    ],
+)
+def test_queries_over_the_same_candidates_share_calls_and_the_run_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_queries: int, reads_text: bool, room: int, calls: list[int]
+) -> None:
+    (tmp_path / "queries.tsv").write_text("".join(f"q{i}\tquery number {i}\n" for i in range(num_queries)))
+    (tmp_path / "ids").write_text("\n".join(f"p{i}" for i in range(6)))
+    service, server = Counting(reads_text=reads_text, room=room), grpc.server(ThreadPoolExecutor(4))
+    rerank_pb2_grpc.add_RerankServiceServicer_to_server(service, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    command = ["rerank", "--queries", str(tmp_path / "queries.tsv"), "-c", "docs", "--ids", str(tmp_path / "ids")]
+    command += ["--address", address, "--top-n", "5"]
+    together = CliRunner().invoke(cli, command)
+    assert together.exit_code == 0, together.output
+    assert service.calls == calls if not reads_text else sorted(service.calls) == calls
+    service.calls.clear()
+    monkeypatch.setattr("preread_cli.commands.rerank.QUERIES_PER_CALL", 1)
+    alone = CliRunner().invoke(cli, command)
+    server.stop(0).wait()
+    assert service.calls == [1] * (2 * num_queries)
+    assert (together.stdout, together.stderr) == (alone.stdout, alone.stderr)
+    assert len(together.stdout.splitlines()) == 5 * num_queries
 
 
 def test_equal_scores_are_written_in_our_order_for_every_evaluator(rerank, client, tmp_path: Path) -> None:
