@@ -5,7 +5,7 @@ States come a chunk at a time, because the unpooled states of a whole collection
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -65,7 +65,8 @@ class EncodedStates:
                 passage_id, passage = chunk[i]
                 advance(passage.num_tokens)
                 if isinstance(states, PassageStates):
-                    encoded[passage_id] = states
+                    # Named, so that a pass computes the passage once for the queries that share it.
+                    encoded[passage_id] = replace(states, key=states.text_digest)
             yield encoded
 
 
