@@ -28,6 +28,8 @@ COMMANDS = {  # minutes
     "benchmarks.store_read": 1,
     "benchmarks.backends": 4,
     "benchmarks.bodies": 3,
+    "benchmarks.many --model nano --candidates 12": 4,
+    "benchmarks.many --model mini": 2,
     "benchmarks.steps": 1,
 }
 OTHERS = "reliability, codecs, clipping, cascade, overload, keepalive, cross_encoder_runtimes, int8_products"
