@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from decoder_server.config import DecoderConfig
 from decoder_server.server import DecoderServer
-from preread import AsyncClient, ClientOptions, RetryPolicy, TlsFiles, Unauthenticated, Unavailable
+from preread import AsyncClient, ClientOptions, PermissionDenied, RetryPolicy, TlsFiles, Unauthenticated, Unavailable
 from preread.v1 import rerank_pb2, rerank_pb2_grpc
 from preread_edge.access import ApiKeys
 
@@ -53,6 +53,26 @@ async def test_keys(started, refused, detail) -> None:
         await refused(_first(stub.RerankStream(rerank_pb2.RerankStreamRequest())), grpc.StatusCode.UNAUTHENTICATED)
         answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert answer.status == health_pb2.HealthCheckResponse.SERVING, "probes carry no keys"
+
+
+async def test_a_key_bound_to_collections_is_bound_in_calls_of_many(started, texts) -> None:
+    """Also where texts are looked up: a collection that it may not use holds them."""
+    server = await started([f"rerank@docs:{ASKS}", f"rerank@others:{WRITES}"])
+    address, queries, candidates = f"127.0.0.1:{server.port}", ["one", "two"], list(texts)[:3]
+    async with AsyncClient(address, options=ClientOptions(api_key=ASKS)) as client:
+        assert [len(one) for one in await client.rerank_many(queries, candidates, collection="docs")] == [3, 3]
+        with pytest.raises(PermissionDenied, match="'others'"):
+            await client.rerank_many(queries, candidates, collection="others")
+        found = await client.rerank_many(queries, [texts["p1"]])
+        assert [one.summary.num_found for one in found] == [1, 1]
+    async with AsyncClient(address, options=ClientOptions(api_key=WRITES)) as stranger:
+        with pytest.raises(PermissionDenied, match="'docs'"):
+            await stranger.rerank_many(queries, candidates, collection="docs")
+        hidden = await stranger.rerank_many(queries, [texts["p1"]])
+        assert [one.summary.num_found for one in hidden] == [0, 0]
+    async with AsyncClient(address) as nobody:
+        with pytest.raises(Unauthenticated):
+            await nobody.rerank_many(queries, candidates, collection="docs")
 
 
 async def _first(call):

@@ -97,6 +97,20 @@ async def test_texts_score_as_if_they_had_been_stored(serve, worker, texts, by_h
         assert len(worker.asked) == 20
 
 
+async def test_many_queries_have_a_text_encoded_once(serve, worker, texts, by_hand) -> None:
+    inline, queries = [*list(texts.values())[:9], "refuse this", texts["p0"]], ["gravity", "which bodies?", "yes"]
+    request = rerank_pb2.RerankRequest(candidates=[rerank_pb2.Candidate(text=text) for text in inline])
+    async with serve(encoder_address=worker.address, lookup=()) as serving:
+        call = serving.stub.RerankMany(rerank_pb2.RerankManyRequest(request=request, queries=queries))
+        answers = [by_index(answer.response) async for answer in call]
+    assert sorted(worker.asked) == sorted(set(inline))
+    for query, results in zip(queries, answers, strict=True):
+        assert [one.status for one in results] == [*[ENCODED] * 9, FAILED, ENCODED]
+        for one, text in zip(results, inline, strict=True):
+            if one.status == ENCODED:
+                assert one.margin == pytest.approx(by_hand(text, query=query), abs=1e-4)
+
+
 async def test_a_stored_passage_of_another_text_is_encoded_anew(serve, worker, texts, by_hand) -> None:
     candidates = [
         rerank_pb2.Candidate(passage_id="p1", text=texts["p1"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,30 @@ def test_margins_equal_the_plain_loop(
             assert dict(result.runs[ratio][query_id]) == pytest.approx(naive, abs=2e-5)
     assert result.missing_passages == set()
     assert result.num_unscored_pairs == 0
+
+
+def test_a_pass_has_all_queries_of_a_passage(
+    worker: PassageEncoder, backend: FbnlBackend, judged: JudgedCollection
+) -> None:
+    """So it computes their passage once."""
+    queries = {f"q{i}": f"question {i}" for i in range(10, 42)}
+    everything = [(p, 0.0) for p in judged.passages]
+    passes: list[set[bytes]] = []
+
+    class Watched(FbnlBackend):
+        def score(self, pairs):
+            passes.append({pair.key for pair in pairs})
+            return super().score(pairs)
+
+    watched = Watched(backend.checkpoint, device="cpu", dtype="float32")
+    states = EncodedStates(worker, judged.passages, 4)
+    shared = rerank(watched, states, queries, dict.fromkeys(queries, everything), [4])
+    keys = Counter(key for one in passes for key in one)
+    assert len(keys) == len(judged.passages)
+    assert set(keys.values()) == {1}
+    for query_id, query in queries.items():
+        alone = rerank(backend, states, {query_id: query}, {query_id: everything}, [4]).runs[4][query_id]
+        assert dict(shared.runs[4][query_id]) == pytest.approx(dict(alone), abs=1e-5)
 
 
 def test_states_are_made_at_the_ratios_common_divisor_and_re_pooled_exactly(
