@@ -22,12 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.collection_size import MODEL
 from benchmarks.common import nano_checkpoint, report, start, tiny_checkpoint
-from benchmarks.servers import QUERY, TIERS, fill, serving
+from benchmarks.servers import TIERS, fill, serving
 from checkpoint import Checkpoint
 from preread import Client, Reranking
 
 PASSAGE_TOKENS, RATIO = 344, 4
 COLLECTION = f"t{PASSAGE_TOKENS}"
+QUERY = "what is read once"  # and a number: with nano's tokenizer a prompt of about KaLM's 72 tokens
 IN_FLIGHT = 4  # of single calls
 SERVERS = {"off": ["--keys-cache-bytes", "0", "--prefix-cache-bytes", "0"], "hot": TIERS}
 COLUMNS = ["caches", "ms, single calls", "ms, one call", "one call to single calls", "ms per pair, one call"]
@@ -61,7 +62,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(IN_FLIGHT) as pool:
         store = f"faiss:{folder}/store"
-        fill(store, Checkpoint.open(model), [PASSAGE_TOKENS], args.candidates, RATIO)
+        checkpoint = Checkpoint.open(model)
+        fill(store, checkpoint, [PASSAGE_TOKENS], args.candidates, RATIO)
         for caches, flags in SERVERS.items():
             with serving(model, store, "--no-encoder", *flags) as address, Client(address) as client:
 
@@ -85,9 +87,11 @@ def main() -> None:
                 apart, together = median_ms([single_calls, one_call], num_pairs, args.rounds)
                 rows.append([caches, apart, together, together / apart, together / num_pairs])
                 print(caches, f"{apart:.0f} ms, {together:.0f} ms", flush=True)
+    prompt = checkpoint.text.prompt(f"{QUERY} {next(numbers)}")
     report(
         f"many-{args.model}", COLUMNS, rows, quick=args.quick, model=name, queries=args.queries,
         candidates=args.candidates, passage_tokens=PASSAGE_TOKENS, ratio=RATIO, in_flight=IN_FLIGHT, rounds=args.rounds,
+        prompt_tokens=len(prompt.ids), prefix_tokens=prompt.prefix_length,
     )  # fmt: skip
 
 
