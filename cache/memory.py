@@ -91,10 +91,12 @@ class MemoryStore(Store):
             page = heapq.nsmallest(limit + 1, later)
         return [one.decode() for one in page[:limit]], page[limit - 1] if len(page) > limit else b""
 
-    def ids_of_texts(self, storage_name: str, digests: Sequence[bytes]) -> list[list[str]]:
+    def ids_of_texts(
+        self, storage_name: str, digests: Sequence[bytes], limit: int = MAX_IDS_OF_TEXT
+    ) -> list[list[str]]:
         with self._lock:
             known: Mapping[bytes, set[str]] = self._texts.get(storage_name, {})
-            return [heapq.nsmallest(MAX_IDS_OF_TEXT, known.get(digest, ()), key=str.encode) for digest in digests]
+            return [heapq.nsmallest(limit, known.get(digest, ()), key=str.encode) for digest in digests]
 
     def finds_texts(self, storage_name: str) -> bool:
         return True

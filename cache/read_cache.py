@@ -79,6 +79,7 @@ class _StoreWrapper(Store):
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.max_copy_bytes = store.max_copy_bytes
 
     put_many = _forwarded(Store.put_many)
     get_many = _forwarded(Store.get_many)
@@ -90,7 +91,10 @@ class _StoreWrapper(Store):
     finds_texts = _forwarded(Store.finds_texts)
     index_texts = _forwarded(Store.index_texts)
     one_read = _forwarded(Store.one_read)
+    without_waiting = _forwarded(Store.without_waiting)
     stats = _forwarded(Store.stats)
+    dead_bytes = _forwarded(Store.dead_bytes)
+    compact = _forwarded(Store.compact)
     audit = _forwarded(Store.audit)
     mend = _forwarded(Store.mend)
     generation = _forwarded(Store.generation)

@@ -95,8 +95,10 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def ids_of_texts(self, storage_name: str, digests: Sequence[bytes]) -> list[list[str]]:
-        """Passages by the SHA-256 of their text: per digest up to MAX_IDS_OF_TEXT ids, the first in order of bytes.
+    def ids_of_texts(
+        self, storage_name: str, digests: Sequence[bytes], limit: int = MAX_IDS_OF_TEXT
+    ) -> list[list[str]]:
+        """Passages by the SHA-256 of their text: per digest up to `limit` ids, the first in order of bytes.
 
         They are hints: a passage may have another text by now, or be gone, so its record's own digest decides. Where
         `finds_texts` is false, passages are missed.
@@ -117,8 +119,23 @@ class Store(ABC):
         """The reads of this thread within the block share the time budget of one, where the store has such a budget."""
         return nullcontext()
 
+    def without_waiting(self) -> AbstractContextManager[object]:
+        """Writes of this thread within the block raise StoreLocked immediately where another writer is in the way."""
+        return nullcontext()
+
     @abstractmethod
     def stats(self, storage_name: str) -> StoreStats: ...
+
+    # Bytes that `compact` takes for a while, at most. 0: it has nothing to do, deleting a passage frees its bytes.
+    max_copy_bytes = 0
+
+    def dead_bytes(self, storage_name: str) -> int:
+        """Bytes of deleted and replaced passages that the store still holds, until `compact` frees them."""
+        return 0
+
+    def compact(self, storage_name: str) -> object:
+        """Free the bytes of deleted and replaced passages, where the store holds any. Raises CollectionNotFound."""
+        return None
 
     def audit(self, collection: str) -> Audit:
         """Look for damage that reading the passages of a collection does not show; reads no states."""

@@ -108,15 +108,17 @@ class _WriterLock:
         self._path = path
         self._timeout_seconds = timeout_seconds
         self._thread_lock = threading.Lock()
+        self._this_thread = threading.local()  # holds a timeout where a thread does not wait
         self._descriptor = -1  # while it is held
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the lock; StoreLocked, naming the holder, after the timeout."""
-        deadline = time.monotonic() + self._timeout_seconds
+        timeout_seconds = getattr(self._this_thread, "timeout_seconds", self._timeout_seconds)
+        deadline = time.monotonic() + timeout_seconds
         with ExitStack() as cleanup:
-            if not self._thread_lock.acquire(timeout=self._timeout_seconds):
-                raise StoreLocked(f"{self._path}: another thread has been writing for {self._timeout_seconds:g} s")
+            if not self._thread_lock.acquire(timeout=timeout_seconds):
+                raise StoreLocked(f"{self._path}: another thread has been writing for {timeout_seconds:g} s")
             cleanup.callback(self._thread_lock.release)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             cleanup.callback(os.close, descriptor)  # which releases the lock
@@ -124,13 +126,22 @@ class _WriterLock:
             while not _locked(descriptor, fcntl.LOCK_EX):
                 if time.monotonic() >= deadline:
                     holder = os.pread(descriptor, 12, 0).decode(errors="replace").strip() or "unknown"
-                    why = f"process {holder} has been writing for more than {self._timeout_seconds:g} s"
+                    why = f"process {holder} has been writing for more than {timeout_seconds:g} s"
                     raise StoreLocked(f"{self._path}: {why}")
                 time.sleep(_POLL_SECONDS)
             os.pwrite(descriptor, f"{os.getpid():<12}".encode(), 0)
             self._descriptor = descriptor
             cleanup.callback(setattr, self, "_descriptor", -1)
             yield
+
+    @contextmanager
+    def without_waiting(self) -> Iterator[None]:
+        """Within the block `held` raises StoreLocked immediately, on this thread."""
+        self._this_thread.timeout_seconds = 0.0
+        try:
+            yield
+        finally:
+            del self._this_thread.timeout_seconds
 
     @contextmanager
     def idle(self) -> Iterator[bool]:
@@ -357,7 +368,9 @@ class CatalogueFile:
                 _make(connection, _NEW)
                 return connection
             # Not mapped: a mapped file that is truncated kills the process.
-            for pragma in ("synchronous = FULL", "cache_size = -16384", "mmap_size = 0", "cell_size_check = ON"):
+            # Deleted content is overwritten: a text that was erased is in no free page.
+            pragmas = ("synchronous = FULL", "cache_size = -16384", "mmap_size = 0", "cell_size_check = ON")
+            for pragma in (*pragmas, "secure_delete = ON"):
                 connection.execute(f"PRAGMA {pragma}")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version == 1:

@@ -16,19 +16,19 @@ write, after which software of that version rejects it; a compaction rewrites it
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from cache.codecs import Codec
 from cache.errors import CacheError, CodecError, CollectionExists, CollectionInUse, CollectionNotFound
 from cache.faiss.catalogue import SUMS, CatalogueFile, WriterLeases
-from cache.faiss.maintenance import Compaction, Compactor, audit, rebuild
+from cache.faiss.maintenance import TARGET_SEGMENT_BYTES, Compaction, Compactor, audit, rebuild
 from cache.faiss.rows import Connection, read_records, translated, typed
 from cache.faiss.segments import SegmentFiles
 from cache.faiss.texts import has_text_index, ids_of_text, make_text_index
 from cache.manifest import Manifest
 from cache.record import Damaged, Header, Record, check_name, is_passage_id, passage_id_bytes
-from cache.store import Audit, OnProgress, Store, StoreStats, aliases_of_renamed
+from cache.store import MAX_IDS_OF_TEXT, Audit, OnProgress, Store, StoreStats, aliases_of_renamed
 
 _SCAN_PAGE_PASSAGES, _RENEWED_PASSAGES = 256, 20_000
 
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 class FaissStore(Store):
     """Records in a directory; see `Store` for the contract. Nothing is made on disk before the first write."""
+
+    max_copy_bytes = TARGET_SEGMENT_BYTES
 
     def __init__(self, path: str | Path, *, lock_timeout_seconds: float = 30.0, max_small_segments: int = 64) -> None:
         self.path = Path(path).expanduser().absolute()
@@ -129,12 +131,14 @@ class FaissStore(Store):
         ids = (one.decode(errors="surrogateescape") for one in page[:limit])  # `verify` reports those that are no ids
         return list(filter(is_passage_id, ids)), page[limit - 1] if len(page) > limit else b""
 
-    def ids_of_texts(self, storage_name: str, digests: Sequence[bytes]) -> list[list[str]]:
+    def ids_of_texts(
+        self, storage_name: str, digests: Sequence[bytes], limit: int = MAX_IDS_OF_TEXT
+    ) -> list[list[str]]:
         with self._catalogue.reading() as connection:
             collection_id = self._find(connection, storage_name)
             if collection_id is None or not has_text_index(connection):
                 return [[] for _ in digests]
-            return [ids_of_text(connection, collection_id, digest) for digest in digests]
+            return [ids_of_text(connection, collection_id, digest, limit) for digest in digests]
 
     def finds_texts(self, storage_name: str) -> bool:
         with self._catalogue.reading() as connection:
@@ -155,6 +159,20 @@ class FaissStore(Store):
         with self._catalogue.reading() as connection:
             row = connection.execute(query, (self._find(connection, storage_name),)).fetchone() or ()
             return StoreStats(*(typed(int, one) for one in row))
+
+    def dead_bytes(self, storage_name: str) -> int:
+        with self._catalogue.reading() as connection:
+            if (collection_id := self._find(connection, storage_name)) is None:
+                return 0
+            segments = list(connection.checked("segments", "WHERE collection_id = ?", collection_id))
+            query = "SELECT num_states FROM collections WHERE collection_id = ?"
+            (num_live,) = connection.execute(query, (collection_id,)).fetchone()
+        code_size: int = max((size for *_, size, _ in segments), default=0)  # all have the collection's
+        num_rows: int = sum(number for _, _, _, number, *_ in segments)
+        return max(0, num_rows - typed(int, num_live)) * code_size
+
+    def without_waiting(self) -> AbstractContextManager[None]:
+        return self._catalogue.lock.without_waiting()
 
     def generation(self, storage_name: str) -> int:
         with self._catalogue.reading() as connection:

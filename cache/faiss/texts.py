@@ -6,12 +6,11 @@ before it was there do without until `make_text_index`; software of that time re
 
 from cache.faiss.rows import Connection, typed
 from cache.record import DIGEST_BYTES, DIGEST_FROM_END, is_passage_id
-from cache.store import MAX_IDS_OF_TEXT
 
 _DIGEST = f"substr(header, -{DIGEST_FROM_END}, {DIGEST_BYTES})"
 TEXT_INDEX = f"CREATE INDEX passages_by_text ON passages (collection_id, {_DIGEST}, passage_id);"
 _BY_TEXT = f"""SELECT passage_id FROM passages INDEXED BY passages_by_text WHERE collection_id = ? AND {_DIGEST} = ?
-    ORDER BY passage_id LIMIT {MAX_IDS_OF_TEXT}"""
+    ORDER BY passage_id LIMIT ?"""
 
 
 def has_text_index(connection: Connection) -> bool:
@@ -26,7 +25,7 @@ def make_text_index(connection: Connection) -> None:
     connection.execute(query, (connection.schema(),))
 
 
-def ids_of_text(connection: Connection, collection_id: int, digest: bytes) -> list[str]:
-    found = connection.execute(_BY_TEXT, (collection_id, digest))
+def ids_of_text(connection: Connection, collection_id: int, digest: bytes, limit: int) -> list[str]:
+    found = connection.execute(_BY_TEXT, (collection_id, digest, limit))
     ids = (typed(bytes, encoded_id).decode(errors="surrogateescape") for (encoded_id,) in found)
     return list(filter(is_passage_id, ids))  # `verify` reports those that are no ids

@@ -51,7 +51,7 @@ from cache.redis.replies import (
     written_name,
 )
 from cache.redis.texts import TextSets
-from cache.store import Audit, OnProgress, Store, StoreStats, aliases_of_renamed
+from cache.store import MAX_IDS_OF_TEXT, Audit, OnProgress, Store, StoreStats, aliases_of_renamed
 
 _T = TypeVar("_T")
 _Read = Record | Damaged | None
@@ -179,8 +179,10 @@ class RedisStore(Store):
             index += not cursor
         return list(ids), f"{servers} {index} {cursor} {process}".encode() if index < len(nodes) else b""
 
-    def ids_of_texts(self, storage_name: str, digests: Sequence[bytes]) -> list[list[str]]:
-        return self._text_sets.ids(self._online, self._text_start(storage_name), digests)
+    def ids_of_texts(
+        self, storage_name: str, digests: Sequence[bytes], limit: int = MAX_IDS_OF_TEXT
+    ) -> list[list[str]]:
+        return self._text_sets.ids(self._online, self._text_start(storage_name), digests, limit)
 
     def finds_texts(self, storage_name: str) -> bool:
         value = self._ask(self._online, is_value, "HGET", self._texts, storage_name)

@@ -12,9 +12,10 @@ from itertools import islice
 
 from cache.record import is_passage_id
 from cache.redis.link import Command, Link
-from cache.store import MAX_IDS_OF_TEXT
 
 _CHUNK = 1000
+# Of a set, after the latest of its passages, whose record is written later: none is there and not found.
+_AFTER_RECORDS_SECONDS = 60
 _DIGEST_BYTES = 16  # of a key: sets are hints, and the record has the whole digest
 
 Entries = Iterable[tuple[str, bytes]]  # a passage id and the digest of its text
@@ -26,9 +27,9 @@ class TextSets:
     def __init__(self, ttl_seconds: int | None) -> None:
         self._ttl_seconds = ttl_seconds
 
-    def ids(self, link: Link, key_start: bytes, digests: Sequence[bytes]) -> list[list[str]]:
-        """Per digest, ids that may have it; none where the key holds something else."""
-        commands = [("ZRANGE", _key(key_start, digest), 0, MAX_IDS_OF_TEXT - 1) for digest in digests]
+    def ids(self, link: Link, key_start: bytes, digests: Sequence[bytes], limit: int) -> list[list[str]]:
+        """Per digest, up to `limit` ids that may have it; none where the key holds something else."""
+        commands = [("ZRANGE", _key(key_start, digest), 0, limit - 1) for digest in digests]
         return [
             [] if isinstance(reply, Exception) else list(filter(is_passage_id, map(_decoded, reply)))
             for reply in link.run(commands, _is_ids, _CHUNK)
@@ -51,8 +52,8 @@ class TextSets:
 
     def _adding(self, key: bytes, passage_id: str) -> Iterator[Command]:
         yield "ZADD", key, 0, passage_id.encode()
-        if self._ttl_seconds is not None:  # after the latest of its passages
-            yield "EXPIRE", key, self._ttl_seconds
+        if self._ttl_seconds is not None:
+            yield "EXPIRE", key, self._ttl_seconds + _AFTER_RECORDS_SECONDS
 
 
 def _key(key_start: bytes, digest: bytes) -> bytes:

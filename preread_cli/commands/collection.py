@@ -270,7 +270,7 @@ def _compact(collection: str, as_json: bool, store: str) -> None:
 
     with opened_store(store) as opened:
         found = Collection.open(opened, collection)
-        if not hasattr(opened, "compact"):
+        if not opened.max_copy_bytes:
             nothing = "nothing to compact; only faiss: stores keep deleted passages on disk"
             raise CommandFailed(f"{masked(store, 'store')}: {nothing}")
         opened.compact(found.storage_name)

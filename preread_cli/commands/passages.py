@@ -66,7 +66,7 @@ def remove(
         is_few = len(wanted) <= ASK_ABOVE or ids_file == "-" or not sys.stdin.isatty()
         confirm(f"Remove {len(wanted):,} passages from {target.name}?", yes=yes or is_few)
         num_removed, missing = _removed(target, wanted)
-        can_compact = hasattr(opened, "compact")
+        can_compact = opened.max_copy_bytes > 0
     if options["as_json"]:
         print_json({"collection": target.name, "num_removed": num_removed, "not_stored": missing})
     else:

@@ -85,8 +85,7 @@ def test_old_and_new_name_are_two_collections_after_it(backend, store, docs, mak
     assert texts_of(second) == after
     assert second.delete_many(["p1"]) == 1
     for name in store.list_collections():
-        if hasattr(store, "compact"):
-            store.compact(Collection.open(store, name).storage_name)
+        store.compact(Collection.open(store, name).storage_name)
         assert store.audit(name) == Audit()
 
     store.drop_collection("docs-1")

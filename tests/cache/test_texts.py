@@ -134,7 +134,7 @@ def test_a_lookup_reads_no_other_rows(tmp_path, make_manifest):
     store.write_manifest(make_manifest())
     store.close()
     connection = sqlite3.connect(tmp_path / "store" / "catalogue.sqlite")
-    plan = [row[-1] for row in connection.execute(f"EXPLAIN QUERY PLAN {texts._BY_TEXT}", (1, b""))]
+    plan = [row[-1] for row in connection.execute(f"EXPLAIN QUERY PLAN {texts._BY_TEXT}", (1, b"", 4))]
     connection.close()
     assert plan == ["SEARCH passages USING INDEX passages_by_text (collection_id=? AND <expr>=?)"]  # and sorts nothing
 
@@ -192,5 +192,7 @@ def test_entries_expire_with_their_passages(redis_server, make_manifest, make_re
     store.put_many("passages", {"a": make_record(1, text="text")})
     with redis_server.client() as client:
         (key,) = client.keys(f"{prefix}:t:passages:*")
-        assert 0 < client.ttl(key) <= 600
+        (record,) = client.keys(f"{prefix}:p:passages:*")
+        # After it: at no moment is a passage stored that cannot be found by its text.
+        assert 0 < client.ttl(record) <= 600 < client.ttl(key) <= 660
     store.close()
