@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 MIN_KEY_LENGTH = 16  # shorter ones can be guessed
 MAX_NAME_CHARS = 128  # of a collection, in an error
+CALLER_CHARS = 32  # 128 bits: no two keys have one name
 
 
 class Scope(Enum):
@@ -46,6 +47,7 @@ _NEEDED: dict[str, tuple[Scope, ...]] = {
     "/preread.v1.EncoderService/Encode": (Scope.RERANK, Scope.INDEX),
     "/preread.v1.EncoderService/Describe": (Scope.RERANK, Scope.INDEX),
     "/preread.v1.EncoderService/Upsert": (Scope.INDEX,),
+    "/preread.v1.EncoderService/Touch": (Scope.INDEX,),
     "/preread.v1.EncoderService/GetStats": (Scope.INDEX,),
     # Probes carry no key, and the services are described in the repository anyway.
     "/grpc.health.v1.": (),
@@ -53,20 +55,32 @@ _NEEDED: dict[str, tuple[Scope, ...]] = {
 }
 
 
-# Collections and aliases that the key of this call may use; None: every one. Not in threads that do not copy contexts.
-_permitted: ContextVar[frozenset[str] | None] = ContextVar("preread_permitted", default=None)
+# The key of this call; None: none is required. Not in threads that do not copy contexts.
+_held: "ContextVar[_Key | None]" = ContextVar("preread_key", default=None)
 
 
 def permits(*names: str) -> bool:
     """Whether the caller's key may use a collection that has any of these names and aliases."""
-    permitted = _permitted.get()
-    return permitted is None or not permitted.isdisjoint(names)
+    held = _held.get()
+    return held is None or held.collections is None or not held.collections.isdisjoint(names)
+
+
+def may(scope: Scope) -> bool:
+    """Whether the caller's key has the scope."""
+    held = _held.get()
+    return held is None or not held.scopes.isdisjoint((scope, Scope.ADMIN))
+
+
+def caller() -> str:
+    """The caller as one name, a part of its key's digest; "" where no key is required."""
+    held = _held.get()
+    return held.digest.hex()[:CALLER_CHARS] if held is not None else ""
 
 
 def caller_scope() -> bytes:
     """Names the collections that the caller's key is bound to: only such keys share what is kept; b"": every one."""
-    permitted = _permitted.get()
-    return b"" if permitted is None else ",".join(sorted(permitted)).encode()
+    held = _held.get()
+    return b"" if held is None or held.collections is None else ",".join(sorted(held.collections)).encode()
 
 
 def require(*names: str) -> None:
@@ -78,7 +92,8 @@ def require(*names: str) -> None:
 
 def require_every(target: str) -> None:
     """Raises PermissionDenied for a key that is bound to some collections, where `target` shows all of them."""
-    if _permitted.get() is not None:
+    held = _held.get()
+    if held is not None and held.collections is not None:
         message = f"this key is bound to some collections, and {target} shows every one"
         raise PermissionDenied(message, reason="COLLECTION_REQUIRED")
 
@@ -152,7 +167,7 @@ class ApiKeys:
             needed = " or ".join(scope.value for scope in scopes)
             log.warning("key %s may not call %s", digest.hex()[:8], target)
             raise PermissionDenied(f"this key lacks the scope {needed}, which {target} needs", reason="SCOPE_REQUIRED")
-        _permitted.set(held.collections)
+        _held.set(held)
 
     def refuse_control_tokens(self, host: str) -> None:
         """Raises ValueError where strangers could write prompts: control tokens in texts count, and `host` is open."""
