@@ -51,8 +51,31 @@ class IndexOptions(Config):
     limits: PipelineLimits = field(default_factory=PipelineLimits)
 
 
+@dataclass(frozen=True, kw_only=True)
+class WriteThroughConfig(Config):
+    """What a worker keeps of the texts that it encodes on demand, for servers with `--write-through`."""
+
+    max_kept_bytes: int = knob(
+        1024 * MIB,
+        "Of the encoder that writes through: bytes that a collection may take in the store; what is asked for least is "
+        "evicted.",
+        flag="--write-through-bytes", at_least=1,
+    )  # fmt: skip
+    max_kept_share: float = knob(
+        0.5, "Of the encoder that writes through: share of these bytes that the texts of one API key may take.",
+        flag="--write-through-share", above=0, at_most=1, metavar="SHARE",
+    )  # fmt: skip
+    max_kept_seconds: int = knob(
+        0, "Of the encoder that writes through: age at which Redis expires kept states; 0: never.",
+        flag="--write-through-ttl-seconds", at_least=0,
+    )  # fmt: skip
+    keeps_texts: bool = knob(
+        False, "Of the encoder that writes through: keep texts next to their states.", flag="--write-through-texts"
+    )
+
+
 @dataclass(frozen=True)
-class EncoderConfig(LoadConfig, ServerConfig):
+class EncoderConfig(LoadConfig, ServerConfig, WriteThroughConfig):
     """Configuration of one EncoderServer. Counts are `num_*`, limits `max_*`, units come last."""
 
     checkpoint: str  # directory or hub id
@@ -78,3 +101,6 @@ class EncoderConfig(LoadConfig, ServerConfig):
         super().__post_init__()
         if not self.checkpoint:
             raise ValueError("checkpoint is empty; expected a directory or a hub id")
+        if self.max_kept_seconds and not self.store.startswith(("redis:", "rediss:", "redis+", "rediss+")):
+            expected = "0 where the store is not Redis: no other one forgets what is old"
+            raise ValueError(f"max_kept_seconds is {self.max_kept_seconds}; expected {expected}")

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from cache.open import open_store
 from cache.store import Store
 from encoder_worker.config import EncoderConfig
+from encoder_worker.keeping import Keeper, Reason
 from encoder_worker.passage_encoder import PassageEncoder
 from encoder_worker.scheduler import EncodeScheduler
 from encoder_worker.service import EncoderService, Worker
@@ -51,6 +52,10 @@ class _Metrics:
         self._batch_tokens = make(Histogram, "batch_tokens", "Tokens of one pass, without padding.", buckets=TOKENS)
         self._tokens = make(Counter, "tokens", "Tokens computed: of texts, and padding.", "kind")
         self._passages = make(Counter, "passages", "Passages of uploads by their outcome.", "status")
+        self._kept = make(Counter, "kept_passages", "Passages encoded on demand that were kept.")
+        self._dropped = make(Counter, "not_kept_passages", "Those that were to be kept and were not.", "reason")
+        self._evicted = make(Counter, "evicted_passages", "Kept passages evicted: over the budget, or a share of it.")
+        self._held = make(Gauge, "kept_bytes", "Bytes of kept passages in the store.", "collection")
         self.on_demand = make(Gauge, "on_demand_tokens", "On-demand tokens in flight.")
         self.model = make(Info, "model", "The encoder that runs here.")
 
@@ -72,6 +77,18 @@ class _Metrics:
             name = encoder_pb2.UpsertStatus.Name(status).removeprefix("UPSERT_STATUS_").lower()
             self._passages.labels(name).inc(count)
 
+    def kept(self, num_passages: int) -> None:
+        self._kept.inc(num_passages)
+
+    def dropped(self, reason: Reason, num_passages: int) -> None:
+        self._dropped.labels(reason.value).inc(num_passages)
+
+    def evicted(self, num_passages: int) -> None:
+        self._evicted.inc(num_passages)
+
+    def holds(self, collection: str, num_bytes: int) -> None:
+        self._held.labels(collection).set(num_bytes)
+
 
 class EncoderServer:
     """One encoder worker: `start`, serve on `.port`, then `stop`. Shares a `store`, or opens the configured one."""
@@ -85,6 +102,9 @@ class EncoderServer:
         self.port = 0
         self._owns_store = store is None
         self._store = store or open_store(config.store, read_budget_seconds=STORE_READ_SECONDS)
+        self._kept_store = self._store  # for what is kept of texts encoded on demand
+        if seconds := config.max_kept_seconds:  # of records that this handle writes
+            self._kept_store = open_store(config.store, read_budget_seconds=STORE_READ_SECONDS, ttl_seconds=seconds)
         self._model_thread = EncodeScheduler.make_model_thread()
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="text")
         self._store_threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="store")
@@ -92,6 +112,7 @@ class EncoderServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in grpc-stubs
         self._server: grpc.aio.Server | None = None
         self._loop: asyncio.Task[None] | None = None
+        self._keeping: asyncio.Task[None] | None = None
 
     @property
     def engine(self) -> Worker:
@@ -134,8 +155,14 @@ class EncoderServer:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)  # what ended it before was logged
             self._loop = None
+        if self._keeping is not None:
+            self._close_keeper()  # which writes what is queued
+            await asyncio.gather(self._keeping, return_exceptions=True)
+            self._keeping = None
         for threads in (self._model_thread, self._threads, self._store_threads):
             await asyncio.to_thread(threads.shutdown, wait=True, cancel_futures=True)
+        if self._kept_store is not self._store:
+            self._kept_store.close()
         if self._owns_store:
             self._store.close()
             self._owns_store = False
@@ -152,7 +179,10 @@ class EncoderServer:
         self.metrics.model.info(model | {"dtype": encoder.dtype_name, "device": encoder.device_name})
         self._loop = asyncio.create_task(scheduler.run())
         self._loop.add_done_callback(self._loop_ended)
-        self._service.worker = Worker(self.config, encoder, scheduler, self._store, self._threads, self._store_threads)
+        threads = self._threads, self._store_threads
+        keeper = Keeper(self._kept_store, encoder, self.config, threads, self.metrics)
+        self._keeping, self._close_keeper = asyncio.create_task(keeper.run()), keeper.close
+        self._service.worker = Worker(self.config, encoder, scheduler, self._store, *threads, keeper)
         await self._say(health_pb2.HealthCheckResponse.SERVING)
 
     async def _say(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

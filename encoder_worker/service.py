@@ -17,9 +17,10 @@ import numpy as np
 from cache import DEFAULT_CODEC
 from cache import errors as store_errors
 from cache.collection import Collection
-from cache.record import is_passage_id
+from cache.record import check_name, is_passage_id
 from cache.store import Store, public_url
 from encoder_worker.config import CollectionSettings, EncoderConfig, PipelineLimits
+from encoder_worker.keeping import Keeper
 from encoder_worker.passage_encoder import TOKENIZE_TEXTS, Encoded, EncodingFailed, PassageEncoder, Tokenized
 from encoder_worker.pipeline import Pipeline
 from encoder_worker.reading import Intake, ReadBatch
@@ -29,7 +30,7 @@ from encoder_worker.writing import Target, Upsert, held
 from preread import errors
 from preread.v1 import common_pb2, encoder_pb2_grpc
 from preread.v1 import encoder_pb2 as pb
-from preread_edge.access import permits, require
+from preread_edge.access import CALLER_CHARS, Scope, may, permits, require
 from preread_edge.steps import Pauses, Step, stepped
 
 log = logging.getLogger(__name__)
@@ -94,9 +95,10 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
                     await context.write(response)
 
     async def Encode(self, request: pb.EncodeRequest, context: Context) -> pb.EncodeResponse:  # noqa: N802
-        """Texts to pooled states, nothing stored. A text that cannot be encoded costs itself only."""
+        """Texts to pooled states, kept where `keep_in` says. A text that cannot be encoded costs itself only."""
         async with self._call() as worker:
             config, encoder = worker.config, worker.encoder
+            _check_keep(request)
             if not 1 <= len(request.texts) <= config.max_texts:
                 raise errors.InvalidRequest("texts", len(request.texts), f"1..{config.max_texts} texts")
             ratio = request.compression_ratio or encoder.settings.default_compression_ratio
@@ -122,6 +124,8 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
                 message = f"{in_flight:,} tokens are in flight; at most {config.max_queue_tokens:,} may be"
                 raise errors.Overloaded(message, RETRY_SECONDS, reason="OVERLOADED")
             encoded = await worker.scheduler.encode(tokenized, ratio)
+            if request.keep_in:
+                encoded = await worker.keep(request.keep_in, request.caller, good, encoded)
             packed = iter(await worker.call(lambda: [_pack_encoded(one, format) for one in encoded]))
             return pb.EncodeResponse(
                 passages=[next(packed) if why is None else pb.EncodedPassage(message=why) for why in refused],
@@ -130,6 +134,12 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
                 format=format,
                 fingerprint=encoder.identity.fingerprint,
             )
+
+    async def Touch(self, request: pb.TouchRequest, context: Context) -> pb.TouchResponse:  # noqa: N802
+        async with self._call(request.collection) as worker:
+            for one in request.touched:
+                await worker.call(worker.keeper.touch, request.collection, one.caller, one.passage_ids)
+            return pb.TouchResponse()
 
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteResponse:  # noqa: N802
         async with self._call(request.collection) as worker:
@@ -179,6 +189,14 @@ class Worker:
     store: Store
     threads: Executor  # for the tokenizer
     store_threads: Executor  # for the store alone: one that hangs must not keep texts from being encoded
+    keeper: Keeper
+
+    async def keep(self, name: str, caller: str, texts: list[str], encoded: list[Encoded]) -> list[Encoded]:
+        """As Keeper.keep, for a key that may write there; for another one the states as they are."""
+        if may(Scope.INDEX) and permits(name):
+            return await self.keeper.keep(name, caller, texts, encoded)
+        self.keeper.deny(name, len(encoded))
+        return encoded
 
     async def call(self, function: Callable[..., T], *args: Any, store: bool = False) -> T:
         """Runs something that blocks off the event loop; `store`: on the store's threads."""
@@ -234,6 +252,20 @@ def _open_or_make(worker: Worker, first: pb.UpsertRequest, lease: ExitStack) -> 
         target.stores_text = first.store_text
         target.create()
     return target
+
+
+def _check_keep(request: pb.EncodeRequest) -> None:
+    """Raises InvalidRequest."""
+    if request.keep_in:
+        try:
+            check_name("keep_in", request.keep_in)
+        except store_errors.InvalidName as exc:
+            raise errors.InvalidRequest("keep_in", request.keep_in, "the name of a collection or alias") from exc
+    if request.keep_in and request.split:
+        raise errors.InvalidRequest("split", request.split, "false next to keep_in: kept texts are cut, never split")
+    if len(request.caller) > CALLER_CHARS:
+        expected = f"at most {CALLER_CHARS}"
+        raise errors.InvalidRequest("caller", f"{len(request.caller)} characters long", expected)
 
 
 async def _pack_batch(batch: ReadBatch) -> pb.UpsertResponse:

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from preread.v1 import common_pb2 as preread_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18preread/v1/encoder.proto\x12\npreread.v1\x1a\x17preread/v1/common.proto\"+\n\x07Passage\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x88\x01\n\rUpsertRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12%\n\x08passages\x18\x02 \x03(\x0b\x32\x13.preread.v1.Passage\x12\x19\n\x11\x63ompression_ratio\x18\x03 \x01(\x05\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x12\n\nstore_text\x18\x05 \x01(\x08\"\xad\x01\n\x0cUpsertResult\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0e\x32\x18.preread.v1.UpsertStatus\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x12\n\nnum_states\x18\x04 \x01(\x05\x12\x11\n\ttruncated\x18\x05 \x01(\x08\x12\x0f\n\x07message\x18\x06 \x01(\t\x12\x13\n\x0bnum_clipped\x18\x07 \x01(\x05\";\n\x0eUpsertResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.preread.v1.UpsertResult\"8\n\rDeleteRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x13\n\x0bpassage_ids\x18\x02 \x03(\t\"%\n\x0e\x44\x65leteResponse\x12\x13\n\x0bnum_deleted\x18\x01 \x01(\x03\"%\n\x0fGetStatsRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\"C\n\x10GetStatsResponse\x12/\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x1a.preread.v1.CollectionInfo\"\x11\n\x0f\x44\x65scribeRequest\"\xc3\x01\n\x10\x44\x65scribeResponse\x12,\n\x07\x65ncoder\x18\x01 \x01(\x0b\x32\x1b.preread.v1.EncoderIdentity\x12!\n\x19\x64\x65\x66\x61ult_compression_ratio\x18\x02 \x01(\x05\x12\x15\n\rdefault_codec\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\r\n\x05store\x18\x06 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x07 \x01(\x03\"q\n\rEncodeRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x19\n\x11\x63ompression_ratio\x18\x02 \x01(\x05\x12\'\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x17.preread.v1.StateFormat\x12\r\n\x05split\x18\x04 \x01(\x08\"[\n\x0e\x45ncodedPassage\x12\x0e\n\x06states\x18\x01 \x01(\x0c\x12\x15\n\rwindow_tokens\x18\x02 \x03(\x05\x12\x11\n\ttruncated\x18\x03 \x01(\x08\x12\x0f\n\x07message\x18\x04 \x01(\t\"\xa4\x01\n\x0e\x45ncodeResponse\x12,\n\x08passages\x18\x01 \x03(\x0b\x32\x1a.preread.v1.EncodedPassage\x12\x0b\n\x03\x64im\x18\x02 \x01(\x05\x12\x19\n\x11\x63ompression_ratio\x18\x03 \x01(\x05\x12\'\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x17.preread.v1.StateFormat\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t*\x7f\n\x0cUpsertStatus\x12\x1d\n\x19UPSERT_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14UPSERT_STATUS_STORED\x10\x01\x12\x1b\n\x17UPSERT_STATUS_UNCHANGED\x10\x02\x12\x19\n\x15UPSERT_STATUS_REFUSED\x10\x03*`\n\x0bStateFormat\x12\x1c\n\x18STATE_FORMAT_UNSPECIFIED\x10\x00\x12\x18\n\x14STATE_FORMAT_FLOAT32\x10\x01\x12\x19\n\x15STATE_FORMAT_BFLOAT16\x10\x02\x32\xe5\x02\n\x0e\x45ncoderService\x12\x43\n\x06Upsert\x12\x19.preread.v1.UpsertRequest\x1a\x1a.preread.v1.UpsertResponse(\x01\x30\x01\x12?\n\x06\x44\x65lete\x12\x19.preread.v1.DeleteRequest\x1a\x1a.preread.v1.DeleteResponse\x12\x45\n\x08GetStats\x12\x1b.preread.v1.GetStatsRequest\x1a\x1c.preread.v1.GetStatsResponse\x12\x45\n\x08\x44\x65scribe\x12\x1b.preread.v1.DescribeRequest\x1a\x1c.preread.v1.DescribeResponse\x12?\n\x06\x45ncode\x12\x19.preread.v1.EncodeRequest\x1a\x1a.preread.v1.EncodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18preread/v1/encoder.proto\x12\npreread.v1\x1a\x17preread/v1/common.proto\"+\n\x07Passage\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x88\x01\n\rUpsertRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12%\n\x08passages\x18\x02 \x03(\x0b\x32\x13.preread.v1.Passage\x12\x19\n\x11\x63ompression_ratio\x18\x03 \x01(\x05\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x12\n\nstore_text\x18\x05 \x01(\x08\"\xad\x01\n\x0cUpsertResult\x12\x12\n\npassage_id\x18\x01 \x01(\t\x12(\n\x06status\x18\x02 \x01(\x0e\x32\x18.preread.v1.UpsertStatus\x12\x12\n\nnum_tokens\x18\x03 \x01(\x05\x12\x12\n\nnum_states\x18\x04 \x01(\x05\x12\x11\n\ttruncated\x18\x05 \x01(\x08\x12\x0f\n\x07message\x18\x06 \x01(\t\x12\x13\n\x0bnum_clipped\x18\x07 \x01(\x05\";\n\x0eUpsertResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.preread.v1.UpsertResult\"8\n\rDeleteRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x13\n\x0bpassage_ids\x18\x02 \x03(\t\"%\n\x0e\x44\x65leteResponse\x12\x13\n\x0bnum_deleted\x18\x01 \x01(\x03\"%\n\x0fGetStatsRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\"C\n\x10GetStatsResponse\x12/\n\x0b\x63ollections\x18\x01 \x03(\x0b\x32\x1a.preread.v1.CollectionInfo\"\x11\n\x0f\x44\x65scribeRequest\"\xc3\x01\n\x10\x44\x65scribeResponse\x12,\n\x07\x65ncoder\x18\x01 \x01(\x0b\x32\x1b.preread.v1.EncoderIdentity\x12!\n\x19\x64\x65\x66\x61ult_compression_ratio\x18\x02 \x01(\x05\x12\x15\n\rdefault_codec\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\r\n\x05store\x18\x06 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x07 \x01(\x03\"\x92\x01\n\rEncodeRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x19\n\x11\x63ompression_ratio\x18\x02 \x01(\x05\x12\'\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x17.preread.v1.StateFormat\x12\r\n\x05split\x18\x04 \x01(\x08\x12\x0f\n\x07keep_in\x18\x05 \x01(\t\x12\x0e\n\x06\x63\x61ller\x18\x06 \x01(\t\"[\n\x0e\x45ncodedPassage\x12\x0e\n\x06states\x18\x01 \x01(\x0c\x12\x15\n\rwindow_tokens\x18\x02 \x03(\x05\x12\x11\n\ttruncated\x18\x03 \x01(\x08\x12\x0f\n\x07message\x18\x04 \x01(\t\"\xa4\x01\n\x0e\x45ncodeResponse\x12,\n\x08passages\x18\x01 \x03(\x0b\x32\x1a.preread.v1.EncodedPassage\x12\x0b\n\x03\x64im\x18\x02 \x01(\x05\x12\x19\n\x11\x63ompression_ratio\x18\x03 \x01(\x05\x12\'\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x17.preread.v1.StateFormat\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"H\n\x0cTouchRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12$\n\x07touched\x18\x02 \x03(\x0b\x32\x13.preread.v1.Touched\".\n\x07Touched\x12\x0e\n\x06\x63\x61ller\x18\x01 \x01(\t\x12\x13\n\x0bpassage_ids\x18\x02 \x03(\t\"\x0f\n\rTouchResponse*\x7f\n\x0cUpsertStatus\x12\x1d\n\x19UPSERT_STATUS_UNSPECIFIED\x10\x00\x12\x18\n\x14UPSERT_STATUS_STORED\x10\x01\x12\x1b\n\x17UPSERT_STATUS_UNCHANGED\x10\x02\x12\x19\n\x15UPSERT_STATUS_REFUSED\x10\x03*`\n\x0bStateFormat\x12\x1c\n\x18STATE_FORMAT_UNSPECIFIED\x10\x00\x12\x18\n\x14STATE_FORMAT_FLOAT32\x10\x01\x12\x19\n\x15STATE_FORMAT_BFLOAT16\x10\x02\x32\xa3\x03\n\x0e\x45ncoderService\x12\x43\n\x06Upsert\x12\x19.preread.v1.UpsertRequest\x1a\x1a.preread.v1.UpsertResponse(\x01\x30\x01\x12?\n\x06\x44\x65lete\x12\x19.preread.v1.DeleteRequest\x1a\x1a.preread.v1.DeleteResponse\x12\x45\n\x08GetStats\x12\x1b.preread.v1.GetStatsRequest\x1a\x1c.preread.v1.GetStatsResponse\x12\x45\n\x08\x44\x65scribe\x12\x1b.preread.v1.DescribeRequest\x1a\x1c.preread.v1.DescribeResponse\x12?\n\x06\x45ncode\x12\x19.preread.v1.EncodeRequest\x1a\x1a.preread.v1.EncodeResponse\x12<\n\x05Touch\x12\x18.preread.v1.TouchRequest\x1a\x19.preread.v1.TouchResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'preread.v1.encoder_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPSERTSTATUS']._serialized_start=1283
-  _globals['_UPSERTSTATUS']._serialized_end=1410
-  _globals['_STATEFORMAT']._serialized_start=1412
-  _globals['_STATEFORMAT']._serialized_end=1508
+  _globals['_UPSERTSTATUS']._serialized_start=1456
+  _globals['_UPSERTSTATUS']._serialized_end=1583
+  _globals['_STATEFORMAT']._serialized_start=1585
+  _globals['_STATEFORMAT']._serialized_end=1681
   _globals['_PASSAGE']._serialized_start=65
   _globals['_PASSAGE']._serialized_end=108
   _globals['_UPSERTREQUEST']._serialized_start=111
@@ -56,12 +56,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEREQUEST']._serialized_end=708
   _globals['_DESCRIBERESPONSE']._serialized_start=711
   _globals['_DESCRIBERESPONSE']._serialized_end=906
-  _globals['_ENCODEREQUEST']._serialized_start=908
-  _globals['_ENCODEREQUEST']._serialized_end=1021
-  _globals['_ENCODEDPASSAGE']._serialized_start=1023
-  _globals['_ENCODEDPASSAGE']._serialized_end=1114
-  _globals['_ENCODERESPONSE']._serialized_start=1117
-  _globals['_ENCODERESPONSE']._serialized_end=1281
-  _globals['_ENCODERSERVICE']._serialized_start=1511
-  _globals['_ENCODERSERVICE']._serialized_end=1868
+  _globals['_ENCODEREQUEST']._serialized_start=909
+  _globals['_ENCODEREQUEST']._serialized_end=1055
+  _globals['_ENCODEDPASSAGE']._serialized_start=1057
+  _globals['_ENCODEDPASSAGE']._serialized_end=1148
+  _globals['_ENCODERESPONSE']._serialized_start=1151
+  _globals['_ENCODERESPONSE']._serialized_end=1315
+  _globals['_TOUCHREQUEST']._serialized_start=1317
+  _globals['_TOUCHREQUEST']._serialized_end=1389
+  _globals['_TOUCHED']._serialized_start=1391
+  _globals['_TOUCHED']._serialized_end=1437
+  _globals['_TOUCHRESPONSE']._serialized_start=1439
+  _globals['_TOUCHRESPONSE']._serialized_end=1454
+  _globals['_ENCODERSERVICE']._serialized_start=1684
+  _globals['_ENCODERSERVICE']._serialized_end=2103
 # @@protoc_insertion_point(module_scope)

@@ -123,16 +123,20 @@ class DescribeResponse(_message.Message):
     def __init__(self, encoder: _Optional[_Union[_common_pb2.EncoderIdentity, _Mapping]] = ..., default_compression_ratio: _Optional[int] = ..., default_codec: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., store: _Optional[str] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("texts", "compression_ratio", "format", "split")
+    __slots__ = ("texts", "compression_ratio", "format", "split", "keep_in", "caller")
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_RATIO_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     SPLIT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_IN_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     texts: _containers.RepeatedScalarFieldContainer[str]
     compression_ratio: int
     format: StateFormat
     split: bool
-    def __init__(self, texts: _Optional[_Iterable[str]] = ..., compression_ratio: _Optional[int] = ..., format: _Optional[_Union[StateFormat, str]] = ..., split: _Optional[bool] = ...) -> None: ...
+    keep_in: str
+    caller: str
+    def __init__(self, texts: _Optional[_Iterable[str]] = ..., compression_ratio: _Optional[int] = ..., format: _Optional[_Union[StateFormat, str]] = ..., split: _Optional[bool] = ..., keep_in: _Optional[str] = ..., caller: _Optional[str] = ...) -> None: ...
 
 class EncodedPassage(_message.Message):
     __slots__ = ("states", "window_tokens", "truncated", "message")
@@ -159,3 +163,23 @@ class EncodeResponse(_message.Message):
     format: StateFormat
     fingerprint: str
     def __init__(self, passages: _Optional[_Iterable[_Union[EncodedPassage, _Mapping]]] = ..., dim: _Optional[int] = ..., compression_ratio: _Optional[int] = ..., format: _Optional[_Union[StateFormat, str]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
+class TouchRequest(_message.Message):
+    __slots__ = ("collection", "touched")
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    TOUCHED_FIELD_NUMBER: _ClassVar[int]
+    collection: str
+    touched: _containers.RepeatedCompositeFieldContainer[Touched]
+    def __init__(self, collection: _Optional[str] = ..., touched: _Optional[_Iterable[_Union[Touched, _Mapping]]] = ...) -> None: ...
+
+class Touched(_message.Message):
+    __slots__ = ("caller", "passage_ids")
+    CALLER_FIELD_NUMBER: _ClassVar[int]
+    PASSAGE_IDS_FIELD_NUMBER: _ClassVar[int]
+    caller: str
+    passage_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, caller: _Optional[str] = ..., passage_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class TouchResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -60,6 +60,11 @@ class EncoderServiceStub:
                 request_serializer=preread_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=preread_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
                 _registered_method=True)
+        self.Touch = channel.unary_unary(
+                '/preread.v1.EncoderService/Touch',
+                request_serializer=preread_dot_v1_dot_encoder__pb2.TouchRequest.SerializeToString,
+                response_deserializer=preread_dot_v1_dot_encoder__pb2.TouchResponse.FromString,
+                _registered_method=True)
 
 
 class EncoderServiceServicer:
@@ -95,7 +100,15 @@ class EncoderServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Encode(self, request, context):
-        """Encodes texts and returns their pooled states; nothing is stored.
+        """Encodes texts and returns their pooled states; nothing is stored, unless
+        `keep_in` names a collection.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Touch(self, request, context):
+        """Names kept passages that were asked for again: they are evicted last.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +141,11 @@ def add_EncoderServiceServicer_to_server(servicer, server):
                     servicer.Encode,
                     request_deserializer=preread_dot_v1_dot_encoder__pb2.EncodeRequest.FromString,
                     response_serializer=preread_dot_v1_dot_encoder__pb2.EncodeResponse.SerializeToString,
+            ),
+            'Touch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Touch,
+                    request_deserializer=preread_dot_v1_dot_encoder__pb2.TouchRequest.FromString,
+                    response_serializer=preread_dot_v1_dot_encoder__pb2.TouchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +284,33 @@ class EncoderService:
             '/preread.v1.EncoderService/Encode',
             preread_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
             preread_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Touch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/preread.v1.EncoderService/Touch',
+            preread_dot_v1_dot_encoder__pb2.TouchRequest.SerializeToString,
+            preread_dot_v1_dot_encoder__pb2.TouchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,7 +43,11 @@ class EncoderServiceStub:
     GetStats: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]
     Describe: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.DescribeRequest, _encoder_pb2.DescribeResponse]
     Encode: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.EncodeRequest, _encoder_pb2.EncodeResponse]
-    """Encodes texts and returns their pooled states; nothing is stored."""
+    """Encodes texts and returns their pooled states; nothing is stored, unless
+    `keep_in` names a collection.
+    """
+    Touch: _grpc.UnaryUnaryMultiCallable[_encoder_pb2.TouchRequest, _encoder_pb2.TouchResponse]
+    """Names kept passages that were asked for again: they are evicted last."""
 
 @_typing.type_check_only
 class EncoderServiceAsyncStub(EncoderServiceStub):
@@ -60,7 +64,11 @@ class EncoderServiceAsyncStub(EncoderServiceStub):
     GetStats: _aio.UnaryUnaryMultiCallable[_encoder_pb2.GetStatsRequest, _encoder_pb2.GetStatsResponse]  # type: ignore[assignment]
     Describe: _aio.UnaryUnaryMultiCallable[_encoder_pb2.DescribeRequest, _encoder_pb2.DescribeResponse]  # type: ignore[assignment]
     Encode: _aio.UnaryUnaryMultiCallable[_encoder_pb2.EncodeRequest, _encoder_pb2.EncodeResponse]  # type: ignore[assignment]
-    """Encodes texts and returns their pooled states; nothing is stored."""
+    """Encodes texts and returns their pooled states; nothing is stored, unless
+    `keep_in` names a collection.
+    """
+    Touch: _aio.UnaryUnaryMultiCallable[_encoder_pb2.TouchRequest, _encoder_pb2.TouchResponse]  # type: ignore[assignment]
+    """Names kept passages that were asked for again: they are evicted last."""
 
 class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
     """Offline half: text becomes token states once."""
@@ -104,6 +112,16 @@ class EncoderServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _encoder_pb2.EncodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_encoder_pb2.EncodeResponse, _abc.Awaitable[_encoder_pb2.EncodeResponse]]:
-        """Encodes texts and returns their pooled states; nothing is stored."""
+        """Encodes texts and returns their pooled states; nothing is stored, unless
+        `keep_in` names a collection.
+        """
+
+    @_abc_1.abstractmethod
+    def Touch(
+        self,
+        request: _encoder_pb2.TouchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_encoder_pb2.TouchResponse, _abc.Awaitable[_encoder_pb2.TouchResponse]]:
+        """Names kept passages that were asked for again: they are evicted last."""
 
 def add_EncoderServiceServicer_to_server(servicer: EncoderServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
