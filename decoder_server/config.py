@@ -156,6 +156,12 @@ class DecoderConfig(ServerConfig):
         "stored are not encoded again. all: the first 8 by name that this model's encoder wrote; none: no lookup.",
         metavar="NAME,...", parse=parse_lookup, shown_default="all",
     )  # fmt: skip
+    write_through: str = knob(
+        "",
+        "Have the encoder worker keep the states of texts that it encodes on demand in this collection, which holds "
+        "nothing else and is looked into last: they are not encoded again, by any server of the store.",
+        metavar="NAME",
+    )
     degrade: bool = knob(
         False,
         "Score at a coarser ratio when a request would miss its deadline or the queue fills; the response says so, "
@@ -223,6 +229,9 @@ class DecoderConfig(ServerConfig):
         if self.stages and self.read_ratio is not None:
             both = f"stages ({format_stages(self.stages)}) and read_ratio ({self.read_ratio})"
             raise ValueError(f"{both} are mutually exclusive")
+        if self.write_through and self.lookup == ():
+            expected = "a lookup too, else what is kept is never found"
+            raise ValueError(f"write_through is {self.write_through!r} and lookup is none; expected {expected}")
         if bool(self.encoder_tls_cert_file) != bool(self.encoder_tls_key_file):
             raise ValueError("encoder_tls_cert_file and encoder_tls_key_file go together; only one of them is given")
 

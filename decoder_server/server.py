@@ -124,6 +124,7 @@ class DecoderServer:
             self._last.push_async_callback(on_demand.close)
         threads = self._model_thread, self.threads
         engine = Engine(model.served_name, backend, self.store, on_demand, threads, self.config, self._observers)
+        await engine.call(engine.check)
         self._loops.append(asyncio.create_task(engine.scheduler.run()))
         self._loops[-1].add_done_callback(self._loop_ended)
         return engine

@@ -33,9 +33,10 @@ from decoder_server.models.backend import Backend
 from decoder_server.models.cross_encoder.backend import CrossEncoder
 from decoder_server.models.loading import is_fbnl, load_model
 from decoder_server.server import DecoderServer, Gateway
-from encoder_worker.config import EncoderConfig
+from encoder_worker.config import EncoderConfig, WriteThroughConfig
 from encoder_worker.server import EncoderServer
 from preread.values import RerankRequest, format_stages
+from preread_cli import flags
 from preread_cli.config_file import effective_lines
 from preread_edge.access import ApiKeys, Guard, join
 from preread_edge.listener import metrics_listener
@@ -127,6 +128,7 @@ class _Process:
 
         Returns models with their encoders' addresses, and the first worker's metrics: a scrape holds a name once.
         """
+        kept = flags.from_options(WriteThroughConfig, self._options)
         models: list[ModelConfig] = []
         workers: list[EncoderServer] = []
         elsewhere, key = self._options["encoder_address"] or "", self._options["encoder_api_key"] or ""
@@ -145,6 +147,7 @@ class _Process:
                 models.append(model)
             else:
                 loaded = {one.name: getattr(model, one.name) for one in LoadConfig.knobs()}
+                loaded |= {one.name: getattr(kept, one.name) for one in WriteThroughConfig.knobs()}
                 loaded |= {"checkpoint": model.checkpoint, "port": 0 if workers else self._options["encoder_port"]}
                 worker = EncoderServer(EncoderConfig(store=config.store, **loaded), store=store, keys=accepted)
                 await worker.start()

@@ -18,8 +18,8 @@ from decoder_server.engine.admission import Admission
 from decoder_server.engine.collections import Catalogue
 from decoder_server.engine.fetch import Fetcher, FetchRequest, mean_prompt_tokens
 from decoder_server.engine.lifecycle import Observer, RequestTrace
-from decoder_server.engine.lookup import Lookup
-from decoder_server.engine.on_demand import OnDemandStates
+from decoder_server.engine.lookup import Lookup, check_write_through
+from decoder_server.engine.on_demand import Keep, OnDemandStates
 from decoder_server.engine.plan import Plan, check, plan
 from decoder_server.engine.request_run import RequestRun
 from decoder_server.engine.scheduler import Scheduler, split_by_length
@@ -28,7 +28,7 @@ from decoder_server.models.backend import Backend, Prompt, StatesBackend
 from decoder_server.models.loading import BATCH_TOKENS
 from preread.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, NotFound, Unavailable
 from preread.values import Candidate, RerankRequest, Result, Summary, TierUse, Warmed
-from preread_edge.access import caller_scope, permits, require
+from preread_edge.access import caller, caller_scope, permits, require
 
 T = TypeVar("T")
 
@@ -60,7 +60,9 @@ class Engine:
         self._idle.set()
         self.catalogue = Catalogue(store, backend.identity(), limits.max_staleness_seconds)
         is_off = self.reads_text or limits.lookup == ()
-        self._lookup = None if is_off else Lookup(self.catalogue, limits.lookup, limits.max_staleness_seconds)
+        self._write_through = "" if is_off or on_demand is None else limits.write_through
+        names = limits.lookup, limits.max_staleness_seconds, self._write_through
+        self._lookup = None if is_off else Lookup(self.catalogue, *names)
         min_tokens, max_tokens = BATCH_TOKENS[backend.device_name.split(":")[0]]
         if limits.max_batch_tokens is not None:
             min_tokens = max_tokens = limits.max_batch_tokens
@@ -204,6 +206,11 @@ class Engine:
                 await self._idle.wait()
         return self._idle.is_set()
 
+    def check(self) -> None:
+        """Raises ValueError where `write_through` names a collection that was indexed. Blocks on the store."""
+        if self._write_through:
+            check_write_through(self.catalogue, self._write_through)
+
     async def open_collection(self, name: str | None) -> Collection | None:
         """The collection that a name or alias means now; raises as Catalogue.open does, and PermissionDenied."""
         if name is None:
@@ -248,7 +255,7 @@ class Engine:
             chosen, trace.degraded = self.admission.degrade(chosen, *size, deadline, share, len(prompts))
         where = collection, chosen.base_ratio, request.on_miss
         able = [one for one in lookup if chosen.base_ratio % one.manifest.compression_ratio == 0]
-        wanted = FetchRequest(request.candidates, list(equal), *where, prompts, trace, able)
+        wanted = FetchRequest(request.candidates, list(equal), *where, prompts, trace, able, self._keep())
         scored_by = self.backend, self.scheduler, self.admission, self.fetcher, self.score_cache, caller_scope()
         return RequestRun(*scored_by, limits.max_request_tokens, wanted, chosen, equal)
 
@@ -261,6 +268,13 @@ class Engine:
         permitted = (one.collection for one in looked_up if permits(*one.names))
         own = [named] if named is not None else []
         return list({one.name: one for one in (*own, *permitted)}.values())
+
+    def _keep(self) -> Keep | None:
+        """Where what is encoded for this caller is kept: not in a collection that its key may not use."""
+        if not self._write_through or self._lookup is None:
+            return None
+        names = self._lookup.names_of(self._write_through)
+        return Keep(self._write_through, names, caller()) if permits(*names) else None
 
     async def _with_texts(self, wanted: FetchRequest, results: list[Result]) -> list[Result]:
         if not wanted.trace.request.return_text:

@@ -21,7 +21,7 @@ from cache.errors import CacheError, StoreUnavailable
 from cache.record import Damaged
 from cache.states import AnyStates, EncodedPassage, PassageStates, all_at_ratio, text_digest
 from decoder_server.engine.lifecycle import RequestTrace
-from decoder_server.engine.on_demand import OnDemandStates
+from decoder_server.engine.on_demand import Keep, OnDemandStates
 from decoder_server.models.backend import Backend, Pair, Passage, Prompt
 from preread.values import Candidate, OnMiss, Result, Status
 
@@ -116,6 +116,7 @@ class FetchRequest:
     prompts: Sequence[Prompt]
     trace: RequestTrace
     lookup: Sequence[Collection] = ()  # where texts that are not stored under their id are looked up, in order
+    keep: Keep | None = None  # where states of those that are in none are kept; None: in this process alone
     unavailable: list[StoreUnavailable] = field(default_factory=list)  # after one, the store is not waited for again
 
     def read(self, read: Callable[[Sequence[K]], Sequence[T]], keys: Iterable[K]) -> dict[K, T]:
@@ -209,6 +210,8 @@ class Fetcher:
             num_found = sum(one.found is not None for one in read)
             request.trace.num_found += num_found
             request.trace.num_looked_up += num_found + sum(one.digest is not None for one in read)
+        if (keep := request.keep) is not None and self.on_demand is not None:
+            self.on_demand.found(keep, (one.found[1] for one in read if one.found and one.found[0] in keep.names))
         fetched, misses, kept = [], [], []
         for one in read:
             if one.digest is None or request.on_miss in ("skip", "fail"):  # of the store alone
@@ -217,7 +220,7 @@ class Fetcher:
                 # Requested encoding that is impossible is a failure; by default it is a miss.
                 status: Status = "failed" if request.on_miss == "encode" else one.status
                 fetched.append(replace(one, status=status, message=f"{one.message}; no encoder worker is configured"))
-            elif states := self.on_demand.kept(one.digest, request.base_ratio):
+            elif states := self.on_demand.kept(one.digest, request.base_ratio, request.keep):
                 kept.append(replace(one, status="encoded", passage=states, message=""))
             else:
                 misses.append(one)
@@ -229,7 +232,7 @@ class Fetcher:
         assert self.on_demand is not None
         texts = {miss.digest: miss.text for miss in misses if miss.digest is not None}
         start = time.monotonic()
-        encoded = await self.on_demand.encode(texts, request.base_ratio)
+        encoded = await self.on_demand.encode(texts, request.base_ratio, request.keep)
         request.trace.encodings.append((start, time.monotonic(), len(texts)))
         fetched = []
         for miss in misses:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from decoder_server.config import DecoderConfig, HttpConfig, KvCacheConfig, ModelConfig
-from encoder_worker.config import EncoderConfig
+from encoder_worker.config import EncoderConfig, WriteThroughConfig
 from preread_cli import flags
 from preread_cli.flags import option
 from preread_cli.models import model_option, models_option, parse_models
@@ -40,7 +40,7 @@ _process_options = flags.options_of(
 @flags.knob_options(ModelConfig, only=_MODEL_FLAGS)
 @flags.no_encoder
 @option("--encoder-port", type=flags.PORT, default=50052, help="Loopback port of the encoder in this process.")
-@flags.knob_options(DecoderConfig, KvCacheConfig, HttpConfig, without_default=["--http-port"])
+@flags.knob_options(DecoderConfig, KvCacheConfig, HttpConfig, WriteThroughConfig, without_default=["--http-port"])
 @option(
     "--check/--no-check",
     default=None,
@@ -64,6 +64,8 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     begun = time.monotonic()
     if options["no_encoder"] and options["encoder_address"]:
         raise click.UsageError("--no-encoder and --encoder-address are mutually exclusive.")
+    if options["no_encoder"] and options["write_through"]:
+        raise click.UsageError("--no-encoder and --write-through are mutually exclusive: nothing would be kept.")
     models = parse_models(options, kv_caches=flags.from_options(KvCacheConfig, options))
     config = flags.from_options(DecoderConfig, options, models=models)
     http = flags.from_options(HttpConfig, options) if options["http_port"] is not None else None

@@ -8,7 +8,7 @@ import click
 import pytest
 
 from decoder_server.config import DecoderConfig, HttpConfig, KvCacheConfig, ModelConfig
-from encoder_worker.config import CollectionSettings, EncoderConfig, IndexOptions
+from encoder_worker.config import CollectionSettings, EncoderConfig, IndexOptions, WriteThroughConfig
 from preread_cli.commands.evaluate import evaluate, tune
 from preread_cli.commands.index import index
 from preread_cli.commands.serve import encode_worker, serve
@@ -20,6 +20,7 @@ PAIRS = [
     (serve, DecoderConfig),
     (serve, HttpConfig),
     (serve, KvCacheConfig),
+    (serve, WriteThroughConfig),
     (encode_worker, EncoderConfig),
     (index, IndexOptions),
     (index, CollectionSettings),
