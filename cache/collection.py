@@ -21,6 +21,7 @@ from cache.store import Store, StoreStats
 _T = TypeVar("_T")
 
 _SCAN_BATCH_PASSAGES = 256
+_IDS_OF_TEXT = 1000  # of a text that is deleted, in one read
 _ENCODED_STATES = 1024  # about so many in one call of the codec
 _TOKEN_CHECKSUM = struct.Struct("<Q")
 
@@ -191,6 +192,35 @@ class Collection:
 
     def delete_many(self, passage_ids: Sequence[str]) -> int:
         return self.store.delete_many(self.storage_name, [id_ for id_ in passage_ids if is_passage_id(id_)])
+
+    def delete_texts(self, digests: Sequence[bytes]) -> tuple[int, list[bytes]]:
+        """Remove every passage of texts, by their SHA-256; returns how many, and digests under which none was.
+
+        Finds them where the store `finds_texts` of this collection. A damaged passage goes with its text.
+        """
+        num_deleted, missing, limit = 0, dict.fromkeys(digests), _IDS_OF_TEXT
+        seen: set[tuple[bytes, str]] = set()
+        todo = list(missing)
+        while todo:
+            found = self.store.ids_of_texts(self.storage_name, todo, limit)
+            new = {(digest, one) for digest, ids in zip(todo, found, strict=True) for one in ids} - seen
+            ids = list({one for _, one in new})
+            headers = dict(zip(ids, self.store.headers_many(self.storage_name, ids, bulk=True), strict=True))
+            doubted = [one for one, header in headers.items() if header is None]  # damaged, or gone
+            read = self.store.get_many(self.storage_name, doubted)
+            damaged = {one.passage_id for one in read if isinstance(one, Damaged)}
+            gone = set[str]()
+            for digest, one in new:
+                header = headers[one]
+                if one in damaged or (header is not None and header.text_digest == digest):
+                    gone.add(one)
+                    missing.pop(digest, None)
+            num_deleted += self.store.delete_many(self.storage_name, list(gone))
+            seen |= new
+            # There may be more of a text than were listed; ids that lead nowhere are listed again, and hide others.
+            todo = [digest for digest, ids in zip(todo, found, strict=True) if len(ids) == limit]
+            limit = limit if gone else 10 * limit
+        return num_deleted, list(missing)
 
     def stats(self) -> StoreStats:
         return self.store.stats(self.storage_name)

@@ -1,11 +1,14 @@
-"""Ids of passages: in files, one a line, and those that a server lists of its collection."""
+"""Ids and texts of passages: in files, one a line, and ids that a server lists of its collection."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import IO, Any
 
 import preread
+from preread.values import join_title
 from preread_cli.failures import UNAVAILABLE, CommandFailed
 from preread_cli.terminal import print_some
 
@@ -18,6 +21,28 @@ def read_ids(source: str) -> list[str]:
     from tuning.trec import JudgedFile
 
     return [line.strip() for _, line in JudgedFile(source).lines()]
+
+
+def read_texts(source: str) -> list[str]:
+    """Texts of a file, one a line: as they are, or in a .jsonl file strings, or objects with text and perhaps title.
+
+    Raises CommandFailed for a line that is neither.
+    """
+    from tuning.trec import JudgedFile
+
+    is_json = source.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
+    return [_text_of(line, str(place)) if is_json else line for place, line in JudgedFile(source).lines()]
+
+
+def _text_of(line: str, place: str) -> str:
+    with suppress(ValueError, RecursionError):
+        value = json.loads(line)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, dict) and isinstance(text := value.get("text"), str):
+            title = value.get("title")
+            return join_title(title if isinstance(title, str) else None, text)
+    raise CommandFailed(f"{place}: {line!r:.80}; expected a JSON string, or an object with a string text")
 
 
 def write_ids(file: IO[str], ids: Iterable[str]) -> None:

@@ -214,6 +214,7 @@ def collection() -> None:
 
 collection.add_command(passages.show)
 collection.add_command(passages.remove)
+collection.add_command(passages.delete)
 
 
 @collection.command("alias")

@@ -1,4 +1,4 @@
-"""`preread collection show | remove`: single passages of a stored collection, by id."""
+"""`preread collection show | remove | delete`: single passages of a stored collection, by id or by text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from preread_cli import flags
-from preread_cli.failures import BAD_ITEMS
+from preread_cli.failures import BAD_ITEMS, CommandFailed
 from preread_cli.flags import option
-from preread_cli.passages import MAX_SHOWN, read_ids
+from preread_cli.passages import MAX_SHOWN, read_ids, read_texts
 from preread_cli.terminal import confirm, print_json, print_some
 from preread_edge.outputs import human_bytes
 from preread_edge.tables import Table, print_parts, print_tables
@@ -73,6 +73,63 @@ def remove(
         print_some("not stored", missing, MAX_SHOWN, err=True)
         space = f"; `preread collection compact {target.name}` frees their space" if can_compact and num_removed else ""
         print_parts(f"{target.name}: {num_removed:,} passages removed, {len(missing):,} not stored{space}")
+    if missing:
+        ctx.exit(BAD_ITEMS)
+
+
+@click.command()
+@click.argument("collection")
+@option("--text", "texts", multiple=True, metavar="TEXT", help="Delete passages of this text; may be repeated.")
+@option(
+    "--texts",
+    "texts_file",
+    metavar="FILE",
+    help="Delete passages of these texts: a text per line, or in a .jsonl file a string, or an object with text and "
+    "perhaps title; - is standard input.",
+)
+@flags.as_json
+@flags.store
+@click.pass_context
+def delete(
+    ctx: click.Context, /, collection: str, texts: tuple[str, ...], texts_file: str | None, as_json: bool, store: str
+) -> None:
+    """Delete every passage of COLLECTION that was encoded from a text.
+
+    For erasure: passages are found by the SHA-256 of the very text, under whatever ids, and nothing of them stays in
+    the store's files; a faiss: store is compacted. A server that reads the store follows within a second, except for
+    texts that it encoded itself: those it forgets with its memory. A text that is sent again is kept again by a
+    server with --write-through.
+
+    
+    Examples:
+      preread collection delete docs --text "The sky is blue because air scatters blue light most."
+      preread collection delete docs --texts gone.jsonl
+
+    Exit code 1 when under some of the texts nothing was stored; it names them by their SHA-256.
+    """
+    from cache.collection import Collection
+    from cache.states import text_digest
+
+    if bool(texts) == (texts_file is not None):
+        raise click.UsageError("Give texts with --text, or a file of them with --texts.")
+    digests = [text_digest(one) for one in (texts if texts_file is None else read_texts(texts_file))]
+    with opened_store(store) as opened:
+        target = Collection.open(opened, collection)
+        if not opened.finds_texts(target.storage_name):
+            mend = f"`preread collection reindex {target.name}` makes them so"
+            raise CommandFailed(f"{target.name}: its passages cannot be found by their text; {mend}")
+        num_removed, missing = 0, list[bytes]()
+        for first in range(0, len(digests), _AT_ONCE):
+            num, not_stored = target.delete_texts(digests[first : first + _AT_ONCE])
+            num_removed, missing = num_removed + num, missing + not_stored
+        if num_removed:
+            opened.compact(target.storage_name)
+    shown = [one.hex() for one in missing]
+    if as_json:
+        print_json({"collection": target.name, "num_removed": num_removed, "not_stored": shown})
+    else:
+        print_some("not stored", shown, MAX_SHOWN, err=True)
+        print_parts(f"{target.name}: {num_removed:,} passages deleted, {len(shown):,} texts not stored")
     if missing:
         ctx.exit(BAD_ITEMS)
 

@@ -170,3 +170,75 @@ def test_a_terminal_is_asked_before_many_are_removed(
     assert ("Remove 12 passages from docs?" in told) == (answer is not None)
     assert process.returncode == (1 if answer == "n" else 0)
     assert len(stored(store)) == num_left
+
+
+def keep_copies(store: str, num: int) -> None:
+    """One text under so many ids, next to the others."""
+    with closing(open_store(store)) as opened:
+        collection = Collection.open(opened, "docs")
+        states = PassageStates(np.ones((2, DIM), np.float32), (7,), RATIO, False, text_digest("told many times"))
+        collection.put_many([StoredPassage(f"copy{i}", states, "told many times") for i in range(num)])
+
+
+def test_a_text_is_erased_under_every_id(store: str) -> None:
+    keep_copies(store, 2500)
+    deleted = run("delete", "docs", "--text", "told many times", "--text", "p3 p3", store=store)
+    assert (deleted.exit_code, deleted.stdout) == (0, "docs: 2,501 passages deleted, 0 texts not stored\n")
+    assert stored(store) == {f"p{i}" for i in range(NUM_PASSAGES)} - {"p3"}
+    again = run("delete", "docs", "--text", "p3 p3", "--text", "p4 p4", "--json", store=store)
+    assert again.exit_code == 1
+    assert json.loads(again.stdout) == {
+        "collection": "docs", "num_removed": 1, "not_stored": [text_digest("p3 p3").hex()]
+    }  # fmt: skip
+    verified = CliRunner().invoke(cli, ["verify", "-c", "docs", "--store", store])
+    assert (verified.exit_code, verified.stdout) == (0, "docs: 28 passages read, 0 damaged\n")
+
+
+def test_ids_that_lead_nowhere_hide_no_passage(store: str, request: pytest.FixtureRequest) -> None:
+    """On Redis a text's set may name passages that are gone: here a thousand of them, before the one that is there."""
+    if not store.startswith("redis"):
+        pytest.skip("the index of a faiss: store cannot fall behind")
+    keep_copies(store, 1)
+    with request.getfixturevalue("redis_server").client() as client:
+        (key,) = client.keys(f"preread:t:docs:{text_digest('told many times').hex()[:32]}")
+        client.zadd(key, {f"a{i}": 0 for i in range(1500)})
+    assert run("delete", "docs", "--text", "told many times", store=store).exit_code == 0
+    assert "copy0" not in stored(store)
+
+
+@pytest.mark.parametrize("store", ["faiss"], indirect=True)
+def test_nothing_of_an_erased_text_stays_on_disk(store: str, tmp_path: Path) -> None:
+    text, states = "a secret: 4711", np.full((2, DIM), 1234, np.float32)
+    with closing(open_store(store)) as opened:
+        one = StoredPassage("s1", PassageStates(states, (7,), RATIO, False, text_digest(text)), text)
+        Collection.open(opened, "docs").put_many([one])
+
+    def traces() -> list[bool]:
+        found = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+        return [what in found for what in (text.encode(), text_digest(text), states.astype(np.float16).tobytes())]
+
+    assert traces() == [True, True, True]
+    assert run("delete", "docs", "--text", text, store=store).exit_code == 0
+    assert traces() == [False, False, False]
+
+
+def test_texts_come_from_a_file_or_standard_input(store: str, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("p1 p1\np2 p2\n\n")
+    (tmp_path / "rows.jsonl").write_text('"p3 p3"\n{"text": "p4", "title": "p4"}\n{"text": "p5 p5", "id": 7}\n')
+    assert run("delete", "docs", "--texts", str(tmp_path / "lines.txt"), store=store).exit_code == 0
+    assert run("delete", "docs", "--texts", str(tmp_path / "rows.jsonl"), store=store).exit_code == 0
+    assert run("delete", "docs", "--texts", "-", store=store, stdin="p6 p6\n").exit_code == 0
+    assert stored(store) == {"p0", *(f"p{i}" for i in range(7, NUM_PASSAGES))}
+    (tmp_path / "wrong.jsonl").write_text('"p7 p7"\n[1]\n')
+    wrong = run("delete", "docs", "--texts", str(tmp_path / "wrong.jsonl"), store=store)
+    assert wrong.exit_code == 2
+    assert "wrong.jsonl:2: '[1]'; expected a JSON string" in wrong.stderr
+    assert run("delete", "docs", store=store).exit_code == 2
+    assert run("delete", "docs", "--text", "x", "--texts", "-", store=store).exit_code == 2
+    assert "p7" in stored(store)
+
+
+def test_a_damaged_passage_goes_with_its_text(store: str, request: pytest.FixtureRequest) -> None:
+    flip(store, "p3", request.getfixturevalue("redis_server") if store.startswith("redis") else None)
+    assert run("delete", "docs", "--text", "p3 p3", store=store).exit_code == 0
+    assert "p3" not in stored(store)
