@@ -73,6 +73,12 @@ class WriteThroughConfig(Config):
         False, "Of the encoder that writes through: keep texts next to their states.", flag="--write-through-texts"
     )
 
+    def check_store(self, store: str) -> None:
+        """Raises ValueError for an age where the store, a URL, does not expire passages."""
+        if self.max_kept_seconds and not store.startswith(("redis:", "rediss:", "redis+", "rediss+")):
+            expected = "0 where the store is not Redis: no other one expires passages"
+            raise ValueError(f"max_kept_seconds is {self.max_kept_seconds}; expected {expected}")
+
 
 @dataclass(frozen=True)
 class EncoderConfig(LoadConfig, ServerConfig, WriteThroughConfig):
@@ -101,6 +107,4 @@ class EncoderConfig(LoadConfig, ServerConfig, WriteThroughConfig):
         super().__post_init__()
         if not self.checkpoint:
             raise ValueError("checkpoint is empty; expected a directory or a hub id")
-        if self.max_kept_seconds and not self.store.startswith(("redis:", "rediss:", "redis+", "rediss+")):
-            expected = "0 where the store is not Redis: no other one forgets what is old"
-            raise ValueError(f"max_kept_seconds is {self.max_kept_seconds}; expected {expected}")
+        self.check_store(self.store)

@@ -229,15 +229,14 @@ class Keeper:
         if isinstance(kept, Reason):
             recorder.dropped(kept, sum(isinstance(one, PassageStates) for one in encoded))
             return list(encoded)
-        passages, decoded = await loop.run_in_executor(self._threads, self._code, kept.collection, texts, encoded)
-        for one in passages:
-            num_bytes = self._bytes_of(one)
-            full = len(self._queue) >= MAX_QUEUED_PASSAGES or self._queued_bytes + num_bytes > MAX_QUEUED_BYTES
-            if full:
+        code = partial(self._code, kept.collection, caller, texts, encoded)
+        coded, decoded = await loop.run_in_executor(self._threads, code)
+        for one in coded:
+            if len(self._queue) < MAX_QUEUED_PASSAGES and self._queued_bytes + one.num_bytes <= MAX_QUEUED_BYTES:
+                self._queue.append((kept, one))
+                self._queued_bytes += one.num_bytes
+            else:
                 recorder.dropped(Reason.QUEUE, 1)
-                continue
-            self._queue.append((kept, _Queued(one, caller, num_bytes)))
-            self._queued_bytes += num_bytes
         if self._queue:
             self._some.set()
         if len(self._queue) >= GROUP_PASSAGES:
@@ -332,8 +331,8 @@ class Keeper:
         return Reason.FAILED
 
     def _code(
-        self, collection: Collection, texts: Sequence[str], encoded: Sequence[Encoded]
-    ) -> tuple[list[StoredPassage], list[Encoded]]:
+        self, collection: Collection, caller: str, texts: Sequence[str], encoded: Sequence[Encoded]
+    ) -> tuple[list[_Queued], list[Encoded]]:
         """What is to be kept, and for the caller everything: kept states as they will be read."""
         decoded, ratio = list(encoded), collection.manifest.compression_ratio
         coded: dict[int, StoredPassage] = {}
@@ -358,13 +357,7 @@ class Keeper:
         for i, states in zip(coded, kept_as, strict=True):
             assert isinstance(states, PassageStates)
             decoded[i] = states
-        return list(coded.values()), decoded
-
-    def _bytes_of(self, passage: StoredPassage) -> int:
-        states = passage.states
-        assert isinstance(states, EncodedPassage)
-        num_bytes = Record.num_bytes(states.num_states, states.states.codec.code_size_bytes, len(states.window_tokens))
-        return num_bytes + len((passage.text or "").encode()) + OVERHEAD_BYTES
+        return [_Queued(one, caller, _bytes_of(one)) for one in coded.values()], decoded
 
     def _write(self, kept: _Kept, items: list[_Queued]) -> None:
         """Makes room for a group and writes it; drops it where that cannot be done now."""
@@ -450,6 +443,13 @@ class Keeper:
         # Bytes of what was deleted lie there until a compaction, which is made when they are in the way.
         if self._used(kept) + sum(one.num_bytes for one in items) > self._capacity:
             store.compact(name)
+
+
+def _bytes_of(passage: StoredPassage) -> int:
+    states = passage.states
+    assert isinstance(states, EncodedPassage)
+    num_bytes = Record.num_bytes(states.num_states, states.states.codec.code_size_bytes, len(states.window_tokens))
+    return num_bytes + len((passage.text or "").encode()) + OVERHEAD_BYTES
 
 
 def _size(header: Header | None) -> int:

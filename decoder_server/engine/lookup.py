@@ -87,7 +87,7 @@ class Lookup:
                 if self._names is not None or name in last:
                     self._tell(f"texts are not looked up in {name}: {exc}")
                 continue
-            if name in last:
+            if name in last and self._names is None:
                 found.pop(collection.name, None)  # by its name it came earlier
             if store.finds_texts(collection.storage_name):
                 found[collection.name] = collection

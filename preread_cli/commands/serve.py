@@ -68,6 +68,7 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
         raise click.UsageError("--no-encoder and --write-through are mutually exclusive: nothing would be kept.")
     models = parse_models(options, kv_caches=flags.from_options(KvCacheConfig, options))
     config = flags.from_options(DecoderConfig, options, models=models)
+    flags.from_options(WriteThroughConfig, options).check_store(config.store)
     http = flags.from_options(HttpConfig, options) if options["http_port"] is not None else None
     from preread_cli.process import run_server
 

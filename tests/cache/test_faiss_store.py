@@ -6,6 +6,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,15 @@ import pytest
 
 from cache.codecs import Codec
 from cache.collection import Collection, StoredPassage
-from cache.errors import CacheError, CodecError, CollectionGone, CollectionNotFound, StoreDamaged, StoreUnavailable
+from cache.errors import (
+    CacheError,
+    CodecError,
+    CollectionGone,
+    CollectionNotFound,
+    StoreDamaged,
+    StoreLocked,
+    StoreUnavailable,
+)
 from cache.faiss import maintenance
 from cache.faiss.segments import SegmentFiles
 from cache.faiss.store import FaissStore
@@ -110,6 +119,21 @@ def test_compaction_drops_what_nobody_points_at(store, path, make_record, same):
     store.delete_many("passages", [f"p{i}" for i in range(10)])
     assert store.compact("passages").num_segments_after == 0
     assert segments(path) == []
+
+
+def test_a_write_without_waiting_raises_where_another_writer_is(store, path, make_record):
+    other = FaissStore(path)
+    with other._catalogue.lock.held():
+        for write in (
+            lambda: store.put_many("passages", {"a": make_record(1)}),
+            lambda: store.compact("passages"),
+        ):
+            start = time.monotonic()
+            with store.without_waiting(), pytest.raises(StoreLocked, match="for more than 0 s"):
+                write()
+            assert time.monotonic() - start < 1  # it waits for 30 seconds otherwise
+    store.put_many("passages", {"a": make_record(1)})
+    other.close()
 
 
 def test_readers_keep_what_they_hold_over_a_compaction(store, path, make_record, same):

@@ -52,6 +52,24 @@ def test_deleting_counts_what_was_there(store, make_record):
     assert store.delete_many("elsewhere", ["a"]) == 0
 
 
+def test_bytes_of_deleted_passages_are_told_and_freed(store, make_record):
+    store.put_many("passages", {f"p{i}": make_record(i) for i in range(10)})
+    assert store.dead_bytes("passages") == store.dead_bytes("elsewhere") == 0
+    store.delete_many("passages", [f"p{i}" for i in range(4)])
+    store.put_many("passages", {"p9": make_record(99)})
+    # Five passages of 3 states of 16 bytes, where a store holds them until it is compact.
+    assert store.dead_bytes("passages") == (5 * 3 * 16 if store.max_copy_bytes else 0)
+    store.compact("passages")
+    assert store.dead_bytes("passages") == 0
+    assert store.stats("passages").num_passages == 6
+
+
+def test_a_write_without_waiting_is_a_write(store, make_record):
+    with store.without_waiting():
+        store.put_many("passages", {"a": make_record(1)})
+        assert store.delete_many("passages", ["a"]) == 1
+
+
 def test_headers_are_those_that_were_written(store, make_record):
     records = {"a": make_record(1, text="one"), "b": make_record(2, text="two")}
     store.put_many("passages", records)

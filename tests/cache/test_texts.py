@@ -43,6 +43,13 @@ def test_ids_of_one_text_come_in_order_and_are_bounded(store, make_record):
     assert ids_of(store, "same") == [in_order[1 : MAX_IDS_OF_TEXT + 1]]
 
 
+def test_more_ids_of_one_text_come_where_more_are_asked_for(store, make_record):
+    ids = sorted(f"p{i}" for i in range(50))
+    store.put_many("passages", {one: make_record(1, text="same") for one in ids})
+    assert store.ids_of_texts("passages", [text_digest("same")], 20) == [ids[:20]]
+    assert store.ids_of_texts("passages", [text_digest("same"), text_digest("other")], 100) == [ids, []]
+
+
 def test_a_changed_or_deleted_passage_is_not_found_by_its_old_text(store, make_record):
     store.put_many("passages", {"a": make_record(1, text="old"), "b": make_record(2, text="kept")})
     store.put_many("passages", {"a": make_record(3, text="new")})

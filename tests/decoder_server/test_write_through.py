@@ -200,8 +200,38 @@ async def test_a_key_keeps_and_finds_within_its_collections(tiny, store, fbnl, w
                 assert await ask(key, NEW[1]) == ("hit", "kept", ids_of(NEW)[1])
             assert (await ask(bound, NEW[1]))[0] == "encoded"
             assert Collection.open(store, "kept").list_ids(10)[0] == [ids_of(NEW)[1]]
+            async with AsyncClient(f"127.0.0.1:{server.port}", options=ClientOptions(api_key=bound)) as client:
+                assert [one.name for one in await client.list_collections()] == ["docs"]
         finally:
             await server.stop(1)
+
+
+async def test_a_flood_by_one_key_leaves_what_another_key_sent(tiny, store, fbnl, work) -> None:
+    quiet, flood = "quiet-key-0123456789", "flood-key-0123456789"
+    hot = [f"{n}: {NEW[1]}" for n in range(40)]
+    # A faiss: store keeps half of so few bytes for the copy that a compaction makes; a passage takes about 1.5 KB.
+    async with work(keys=[SERVER_KEY], max_kept_bytes=500_000) as worker:
+        config = at(worker) | {"encoder_api_key": SERVER_KEY.partition(":")[2], "max_staleness_seconds": 0.0}
+        settings = DecoderConfig.of_one(str(tiny), port=0, device="cpu", dtype="float32", **config)
+        keys = ApiKeys.parse([f"rerank:{quiet}", f"rerank:{flood}"])
+        server = DecoderServer(settings, store=store, load=lambda _: fbnl, keys=keys)
+        await server.start()
+        try:
+            for key, texts in ((quiet, hot), (flood, [f"{n} {NEW[1]}" for n in range(600)])):
+                async with AsyncClient(f"127.0.0.1:{server.port}", options=ClientOptions(api_key=key)) as client:
+                    for start in range(0, len(texts), 100):
+                        await client.rerank("q", texts[start : start + 100])
+                await kept(worker, len(hot))
+            deadline = time.monotonic() + 20
+            while counted(worker, "kept_passages_total") + counted(worker, "not_kept_passages_total") < 640:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.05)
+        finally:
+            await server.stop(1)
+        assert counted(worker, "evicted_passages_total") > 0
+    records = Collection.open(store, "kept").get_many(ids_of(hot))
+    assert None not in records
+    assert Collection.open(store, "kept").stats().num_passages < 640
 
 
 async def test_a_worker_keeps_for_a_key_that_may_write(tiny, store, fbnl, work, serve, caplog) -> None:

@@ -26,7 +26,7 @@ from cache.open import open_store
 from cache.states import text_digest
 from cache.store import Store
 from encoder_worker.config import EncoderConfig
-from encoder_worker.keeping import MAX_QUEUED_PASSAGES, OVERHEAD_BYTES
+from encoder_worker.keeping import GROUP_PASSAGES, MAX_QUEUED_PASSAGES, OVERHEAD_BYTES
 from preread.v1 import encoder_pb2, encoder_pb2_grpc
 from tests.redis_fixture import RedisServer
 
@@ -127,6 +127,19 @@ async def test_nothing_is_kept_unless_asked_for(worker: Serve, store: Store) -> 
         await to.encode(texts(0, 3))
         await asyncio.sleep(1.5)
     assert store.list_collections() == []
+
+
+async def test_a_group_is_written_when_it_has_so_many(
+    worker: Serve, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("encoder_worker.keeping.GROUP_SECONDS", 30.0)
+    async with worker() as to:
+        await to.encode([f"{i}" for i in range(GROUP_PASSAGES - 1)], keep_in="kept")
+        await asyncio.sleep(0.5)
+        assert counted(to, "kept_passages_total") == 0
+        await to.encode(["the last"], keep_in="kept")
+        await settled(to, GROUP_PASSAGES)
+    assert len(stored(store)) == GROUP_PASSAGES
 
 
 async def test_what_is_queued_is_written_at_a_stop(worker: Serve, store: Store) -> None:

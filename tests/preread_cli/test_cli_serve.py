@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -42,6 +43,10 @@ def ask(url: str, body: object = None, key: str = "") -> tuple[int, str]:
         (["--stages", "32"], ""),
         (["--stages", "32:20,4", "--read-ratio", "4"], "mutually exclusive"),
         (["--stages", "fast"], "RATIO:KEEP"),
+        (["--write-through", "kept", "--lookup", "none"], "expected a lookup too"),
+        (["--write-through", "kept", "--no-encoder"], "mutually exclusive"),
+        (["--write-through", "kept", "--write-through-ttl-seconds", "60"], "expected 0 where the store is not Redis"),
+        (["--write-through", "kept", "--write-through-share", "0"], "0<x<=1"),
     ],
 )
 def test_what_is_read_by_default_is_checked_before_anything_is_loaded(flags: list[str], says: str) -> None:
@@ -141,3 +146,32 @@ def use(said: str) -> None:
         'preread_encoder_passages_total{status="stored"} 1.0',
     ):
         assert line in text, line
+
+
+def test_texts_are_written_through_by_the_encoder_in_the_process(serving, tmp_path: Path) -> None:
+    """The flags reach it; what it kept is found after a restart, and gone when it is erased."""
+    texts, flags = ["A text that no one indexed.", "Another one of those."], ("--write-through", "kept")
+
+    def asked(client: Client) -> list[tuple[str, str]]:
+        return [(one.status, one.found_in) for one in client.rerank("q", texts).results]
+
+    def run(*arguments: str) -> str:
+        answer = CliRunner().invoke(cli, [*arguments, "--store", f"faiss:{tmp_path / 'store'}"])
+        assert answer.exit_code == 0, answer.output
+        return answer.stdout
+
+    told = *flags, "--write-through-texts", "--write-through-bytes", "1000000"
+    with serving(tmp_path, *told) as pair, Client(pair.address) as client:
+        assert asked(client) == [("encoded", "")] * 2
+        deadline = time.monotonic() + 20
+        while asked(client) != [("hit", "kept")] * 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert texts[0] in run("collection", "show", "kept", hashlib.sha256(texts[0].encode()).hexdigest())
+    with serving(tmp_path, *flags) as pair, Client(pair.address) as client:
+        assert asked(client) == [("hit", "kept")] * 2
+        done = run("collection", "delete", "kept", "--text", texts[0])
+        assert done == "kept: 1 passages deleted, 0 texts not stored\n"
+        time.sleep(1.5)  # longer than a server takes a store for granted
+        assert sorted(asked(client)) == [("encoded", ""), ("hit", "kept")]
+    assert run("verify", "-c", "kept").endswith(" 0 damaged\n")

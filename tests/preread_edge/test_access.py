@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from pathlib import Path
 
 import pytest
 
 from preread.errors import PermissionDenied, PrereadError, Unauthenticated
 from preread.v1 import encoder_pb2, rerank_pb2
-from preread_edge.access import ApiKeys, Scope, permits
+from preread_edge.access import ApiKeys, Scope, caller, may, permits
 
 ASKS, RULES = "asks-0123456789ab", "rules-0123456789a"
 
@@ -46,6 +46,21 @@ def test_a_key_may_be_bound_to_collections() -> None:
     assert copy_context().run(permitted, ASKS) == [True, False, True]
     assert copy_context().run(permitted, RULES) == [True, True, True]
     assert permits("anything")  # outside of any call
+
+
+def test_a_caller_has_a_name_and_what_it_may_do() -> None:
+    keys = ApiKeys.parse([f"rerank:{ASKS}", RULES])
+
+    def known(key: str) -> tuple[str, list[bool]]:
+        assert refusal(keys, key, Scope.RERANK) is None
+        return caller(), [may(scope) for scope in (Scope.RERANK, Scope.INDEX)]
+
+    (asks, may_ask), (rules, may_rule) = (copy_context().run(known, key) for key in (ASKS, RULES))
+    assert (may_ask, may_rule) == ([True, False], [True, True])
+    assert asks != rules
+    assert ASKS not in asks
+    assert copy_context().run(known, ASKS)[0] == asks  # always
+    assert Context().run(lambda: (caller(), may(Scope.ADMIN))) == ("", True)  # outside of any call
 
 
 def test_keys_are_not_kept() -> None:
