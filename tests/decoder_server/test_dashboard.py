@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cache.memory import MemoryStore
 from decoder_server.engine.lifecycle import PassRecord, RequestTrace
 from encoder_worker.config import EncoderConfig
+from encoder_worker.keeping import Reason
 from encoder_worker.server import EncoderServer
 from preread.v1 import encoder_pb2
 from preread.values import Degraded, RerankRequest
@@ -57,6 +58,8 @@ async def exported(serve) -> dict[str, set[str]]:
     worker.rpc("EncoderService/Encode", "OK", 0.1)
     worker.passed(1, 0, 0.1)
     worker.upserted(encoder_pb2.UpsertResponse(results=[encoder_pb2.UpsertResult(status=1)]))
+    worker.dropped(Reason.BUSY, 1)
+    worker.holds("kept", 1)
     return found | samples(worker.registry)
 
 
