@@ -37,7 +37,7 @@ MAX_QUEUED_PASSAGES, MAX_QUEUED_BYTES = 1024, 32 << 20
 # A group is written when it has so many passages or its first one is so old.
 GROUP_PASSAGES, GROUP_SECONDS = 256, 1.0
 OPEN_SECONDS, RETRY_SECONDS = 1.0, 5.0  # longest wait of a caller, and until a collection that failed is tried again
-LIST_SECONDS = 30.0  # between two listings of a collection that others write too
+LIST_SHARE = 0.05  # of a worker's time, at most, goes into listing a collection that others write too
 MAX_COLLECTIONS = 16  # of one worker: each has a budget
 LOW_WATER = 0.9  # share of the budget that eviction leaves, so that it is rare
 # Of a passage, next to its record: ids and digests in SQLite's rows and indexes (measured: 320 bytes, 520 after many
@@ -192,6 +192,7 @@ class _Kept:
     collection: Collection
     usage: Usage = field(default_factory=Usage)
     listed_at: float = float("-inf")
+    list_seconds: float = 0.0  # that it took
     generation: int = -1  # when it was last listed or written
 
 
@@ -216,7 +217,7 @@ class Keeper:
         self._queued_bytes = 0
         self._some, self._many = asyncio.Event(), asyncio.Event()
         self._closing = False
-        self._usages: dict[str, Usage] = {}  # by storage name: they outlast a store that was away
+        self._usages: dict[str, Usage] = {}  # they outlast a store that was away
         self._told: dict[str, str] = {}  # by name, what the log has
 
     async def keep(self, name: str, caller: str, texts: Sequence[str], encoded: Sequence[Encoded]) -> list[Encoded]:
@@ -251,10 +252,9 @@ class Keeper:
             log.warning("states are not kept in %s: the server's key lacks the scope index, or the collection", name)
 
     def touch(self, name: str, caller: str, passage_ids: Iterable[str]) -> None:
-        """Counts that kept passages were asked for; nothing where this worker keeps none there. Any thread."""
-        kept, _ = self._opened.get(name, (None, 0.0))
-        if isinstance(kept, _Kept):
-            kept.usage.touch(caller, passage_ids)
+        """Counts that kept passages were asked for, also before this worker keeps some there. Any thread."""
+        if name in self._usages or len(self._usages) < MAX_COLLECTIONS:
+            self._usages.setdefault(name, Usage()).touch(caller, passage_ids)
 
     async def run(self) -> None:
         """Writes groups, and in the end what is still queued."""
@@ -309,7 +309,7 @@ class Keeper:
                 if target.collection is None:
                     target.stores_text = self._config.keeps_texts
                 collection = target.create()
-                kept = _Kept(name, collection, self._usages.setdefault(collection.storage_name, Usage()))
+                kept = _Kept(name, collection, self._usages.setdefault(name, Usage()))
                 ids, _ = kept.collection.list_ids(_LIST_PAGE)
                 self._check(kept, ids)
                 if self._config.keeps_texts and not kept.collection.manifest.stores_text:
@@ -394,7 +394,7 @@ class Keeper:
         if generation == kept.generation and not self._config.max_kept_seconds:  # passages that expire change none
             return True
         over = self._used(kept) + num_new_bytes > self._capacity
-        if now - kept.listed_at < LIST_SECONDS and not over:
+        if now - kept.listed_at < kept.list_seconds / LIST_SHARE and not over:
             return generation == kept.generation
         found: dict[str, int] = {}
         after = b""
@@ -406,6 +406,7 @@ class Keeper:
                 break
         kept.usage.listed(found)
         kept.listed_at, kept.generation = now, generation
+        kept.list_seconds = time.monotonic() - now
         return True
 
     def _check(self, kept: _Kept, ids: Sequence[str]) -> list[Header | None]:

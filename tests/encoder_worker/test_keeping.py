@@ -250,18 +250,51 @@ async def test_the_budget_holds_on_redis_and_over_a_restart(
     from worker_fixture import serve
 
     budget = 400_000
-    with redis_server.client() as client:
-        before = client.info("memory")["used_memory"]
     for run in range(3):
         async with serve(tiny_checkpoint, redis_store, max_kept_bytes=budget) as to:
             for start in range(0, 300, 100):
                 await keep(to, texts(start + 1000 * run, 100))
             assert counted(to, "kept_bytes") <= budget
             with redis_server.client() as client:
-                assert client.info("memory")["used_memory"] - before < budget * 1.25  # and what clients take
+                taken = sum(client.memory_usage(key) for key in client.scan_iter("preread:[pt]:kept:*"))
+            assert 0.5 * budget < taken <= budget
     assert {id_of(text) for text in texts(2200, 100)} <= stored(redis_store)
     assert len(stored(redis_store)) < 300
     assert_clean(redis_store)
+
+
+async def test_workers_of_one_redis_keep_one_budget(tiny_checkpoint: Path, redis_store: Store) -> None:
+    from worker_fixture import serve
+
+    budget = 400_000
+    async with (
+        serve(tiny_checkpoint, redis_store, max_kept_bytes=budget) as one,
+        serve(tiny_checkpoint, redis_store, max_kept_bytes=budget) as two,
+    ):
+        for start in range(0, 1500, 100):
+            await keep(one, texts(start, 50))
+            await keep(two, texts(start + 50, 50))
+            taken = redis_store.stats("kept").size_bytes + OVERHEAD_BYTES * len(stored(redis_store))
+            assert taken <= budget
+    assert len(stored(redis_store)) > 100
+    assert_clean(redis_store)
+
+
+async def test_what_is_asked_for_after_a_restart_stays(worker: Serve, store: Store) -> None:
+    some = texts(0, 100)
+    hot = [id_of(text) for text in some[::5]]
+    async with worker(max_kept_bytes=800_000) as to:
+        await keep(to, some[:50])
+        await keep(to, some[50:])
+    async with worker(max_kept_bytes=800_000) as to:
+        touched = encoder_pb2.Touched(passage_ids=hot)
+        await to.stub.Touch(encoder_pb2.TouchRequest(collection="kept", touched=[touched]))  # before it keeps any
+        for start in range(1000, 1100, 20):
+            await keep(to, texts(start, 20))
+            if counted(to, "evicted_passages_total"):
+                break
+        assert counted(to, "evicted_passages_total") > 10
+    assert set(hot) <= stored(store)
 
 
 async def test_one_caller_cannot_evict_anothers(worker: Serve, store: Store) -> None:
