@@ -221,3 +221,21 @@ async def test_a_cross_encoder_keeps_margins_unless_it_is_listwise(
         assert margins(again) == margins(first)
     finally:
         await server.stop(5)
+
+
+async def test_of_several_queries_the_pairs_that_are_known_are_not_scored(serve, gated, texts) -> None:
+    many = rerank_pb2.RerankManyRequest(
+        request=rerank_pb2.RerankRequest(
+            collection="docs", candidates=[rerank_pb2.Candidate(passage_id=i) for i in ("p1", "p2", "p3")]
+        ),
+        queries=["what is read once?", "what is new?", "what is read once?"],
+    )
+    async with serve(backend=gated, **ON) as serving:
+        alone = await serving.rerank(ids=["p1", "p3"])
+        answers = [one.response async for one in serving.stub.RerankMany(many)]
+        assert sum(map(len, gated.passes)) == 2 + 5  # of the twin queries each asks for the passage that is not known
+        assert margins(answers[0])[0] == margins(alone)[0]
+        assert margins(answers[0])[2] == margins(answers[2])[2] == margins(alone)[1]
+        again = [one.response async for one in serving.stub.RerankMany(many)]
+        assert sum(map(len, gated.passes)) == 7
+        assert [margins(one) for one in again][1] == margins(answers[1])
