@@ -357,10 +357,7 @@ def split_by_length(pairs: Sequence[Pair], max_tokens: int | None = None) -> lis
     batches: list[list[int]] = []
     real = num_tokens = 0  # cells that the current batch needs, and its tokens
     longest_prompt = 0
-    for unit in _units(pairs, max_tokens):
-        longest_own = max(pairs[i].num_prompt_tokens for i in unit)
-        own = sum(_cells(pairs[i].num_prompt_tokens, pairs[i].num_states) for i in unit)
-        own_tokens = sum(pairs[i].num_tokens for i in unit)
+    for unit, longest_own, own, own_tokens in _units(pairs, max_tokens):
         longest = max(longest_prompt, longest_own)
         # Sorted by states, so this unit's are the longest so far.
         padded = (len(batches[-1]) + len(unit)) * _cells(longest, pairs[unit[0]].num_states) if batches else 0
@@ -374,33 +371,37 @@ def split_by_length(pairs: Sequence[Pair], max_tokens: int | None = None) -> lis
     return batches
 
 
-def _units(pairs: Sequence[Pair], max_tokens: int | None) -> Iterator[list[int]]:
-    """Indexes by length; together those that a batch should not divide: of one window, under prompts of about a length.
+_Unit = tuple[list[int], int, int, int]  # indexes of pairs; their longest prompt, cells and tokens
+
+
+def _units(pairs: Sequence[Pair], max_tokens: int | None) -> Iterator[_Unit]:
+    """By length what a batch should not divide: pairs of one window, under prompts of about one length.
 
     So far as `max_tokens` allows; a larger pair is a unit.
     """
+    sizes = [(pair.num_states, pair.num_prompt_tokens) for pair in pairs]
     counts = Counter(pair.key for pair in pairs)
-    begins = _about_one_length({pair.num_prompt_tokens for pair in pairs})
-
-    def order(i: int) -> tuple[int, int, bytes, int]:
-        pair = pairs[i]
-        shared = pair.key if counts[pair.key] > 1 else b""
-        return pair.num_states, begins[pair.num_prompt_tokens], shared, pair.num_prompt_tokens
-
+    if all(num == 1 for key, num in counts.items() if key):  # nothing is shared, the common case: lengths alone decide
+        for i in sorted(range(len(pairs)), key=sizes.__getitem__):
+            num_states, length = sizes[i]
+            yield [i], length, _cells(length, num_states), pairs[i].num_tokens
+        return
+    begins = _about_one_length({length for _, length in sizes})
+    shared = [pair.key if counts[pair.key] > 1 else b"" for pair in pairs]
+    groups = [(num_states, begins[length], key) for (num_states, length), key in zip(sizes, shared, strict=True)]
     unit: list[int] = []
-    of: tuple[int, int, bytes, int] | None = None
-    num_tokens = 0
-    for i in sorted(range(len(pairs)), key=order):
-        *_, shared, _ = now = order(i)
-        num_tokens += pairs[i].num_tokens
-        fits = max_tokens is None or num_tokens <= max_tokens
-        if unit and not (shared and of is not None and now[:3] == of[:3] and fits):
-            yield unit
-            unit, num_tokens = [], pairs[i].num_tokens
+    longest = cells = num_tokens = 0
+    for i in sorted(range(len(pairs)), key=lambda i: (groups[i], sizes[i])):
+        fits = max_tokens is None or num_tokens + pairs[i].num_tokens <= max_tokens
+        if unit and not (shared[i] and groups[i] == groups[unit[0]] and fits):
+            yield unit, longest, cells, num_tokens
+            unit, longest, cells, num_tokens = [], 0, 0, 0
         unit.append(i)
-        of = now
+        num_states, length = sizes[i]
+        longest, cells = max(longest, length), cells + _cells(length, num_states)
+        num_tokens += pairs[i].num_tokens
     if unit:
-        yield unit
+        yield unit, longest, cells, num_tokens
 
 
 def _about_one_length(lengths: Iterable[int]) -> dict[int, int]:
