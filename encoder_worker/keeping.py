@@ -219,6 +219,7 @@ class Keeper:
         self._closing = False
         self._usages: dict[str, Usage] = {}  # they outlast a store that was away
         self._told: dict[str, str] = {}  # by name, what the log has
+        self._has_denied = False
 
     async def keep(self, name: str, caller: str, texts: Sequence[str], encoded: Sequence[Encoded]) -> list[Encoded]:
         """The states as the collection's codec gives them back, queued to be kept; unchanged where that cannot be.
@@ -247,8 +248,8 @@ class Keeper:
     def deny(self, name: str, num_passages: int) -> None:
         """Counts states of a caller whose key may not write there."""
         self._recorder.dropped(Reason.DENIED, num_passages)
-        if self._told.get(name) != Reason.DENIED:
-            self._told[name] = Reason.DENIED
+        if not self._has_denied:  # once: callers may make up any number of names
+            self._has_denied = True
             log.warning("states are not kept in %s: the server's key lacks the scope index, or the collection", name)
 
     def touch(self, name: str, caller: str, passage_ids: Iterable[str]) -> None:

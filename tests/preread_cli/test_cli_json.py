@@ -59,6 +59,7 @@ ARGUMENTS: dict[str, Callable[[Fixtures], tuple[object, ...]]] = {
     ),
     "collection show": lambda f: ("docs", "p1", "--store", f.store),
     "collection remove": lambda f: ("docs", "p1", "--store", f.store),
+    "collection delete": lambda f: ("docs", "--text", TEXTS["p2"], "--store", f.store),
     "collection drop": lambda f: ("docs", "--yes", "--store", f.store),
     "checkpoint": lambda f: (f.model,),
     "check": lambda f: f.model_flags(f.model, "--pairs", f.files / "pairs.jsonl"),
