@@ -14,7 +14,7 @@ from preread_cli.main import cli
 from tests.docs.transcripts import blocks, typed
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
 
 
 def shown_commands() -> list[object]:

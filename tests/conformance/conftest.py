@@ -1,12 +1,14 @@
 """Real servers for real clients: `preread serve` from the main environment, in processes of their own.
 
-These tests run in the clients' environment (scripts/test-conformance), which has neither torch nor preread.
-Elsewhere there is nothing to collect here.
+These tests run in the clients' environment (scripts/test-conformance), which has neither torch nor the server; those of
+search engines also run in another (scripts/test-engines). Elsewhere there is nothing to collect here.
 """
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -24,8 +26,8 @@ SERVER_PYTHON = os.environ.get("PREREAD_SERVER_PYTHON", str(ROOT / ".venv" / "bi
 START_SECONDS = 120
 KEY = "a-key-for-conformance-tests"
 
-if importlib.util.find_spec("cohere") is None:
-    collect_ignore_glob = ["test_*.py"]
+if importlib.util.find_spec("cohere") is None:  # pymilvus: the engines' environment, scripts/test-engines
+    collect_ignore_glob = ["test_[!e]*.py", "test_every*.py"] if importlib.util.find_spec("pymilvus") else ["test_*.py"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Server:
 
     url: str
     grpc_address: str
+    encoder_address: str
 
 
 def _preread(*arguments: str) -> list[str]:
@@ -59,8 +62,8 @@ def _serving(checkpoint: Path, directory: Path, *flags: str) -> Iterator[Server]
     command = _preread("serve", "--model", str(checkpoint), "--store", f"faiss:{directory / 'store'}")
     # Without tiers the same request has the same score to the last digit, whichever client asks.
     command += ["--keys-cache-bytes", "0", "--prefix-cache-bytes", "0"]
-    # Texts are looked up where one test puts them, so that no other test's collection decides how they are scored.
-    command += ["--lookup", "found"]
+    # Texts are looked up where two tests put them, so that no other test's collection decides how they are scored.
+    command += ["--lookup", "found,docs"]
     command += ["--port", "0", "--encoder-port", "0", "--http-port", "0", "--threads", "1", "--dtype", "float32"]
     with (
         log.open("wb") as output,
@@ -74,9 +77,11 @@ def _serving(checkpoint: Path, directory: Path, *flags: str) -> Iterator[Server]
                 time.sleep(0.05)
             url = re.search(r"^http\s+(\S+)", log.read_text(), re.MULTILINE)
             address = re.search(r"^listening\s+(\S+)", log.read_text(), re.MULTILINE)
+            encoder = re.search(r"^encoder\s+(\S+)", log.read_text(), re.MULTILINE)
             assert url is not None
             assert address is not None
-            yield Server(url[1], address[1])
+            assert encoder is not None
+            yield Server(url[1], address[1], encoder[1])
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -123,6 +128,14 @@ def documents() -> list[str]:
         "Neural networks learn representations from data.",
         "Paris is the capital of France.",
     ]
+
+
+@pytest.fixture(scope="session")
+def abstracts() -> list[dict[str, str]]:
+    """120 passages of 1.5 KB on average, under ids of eight digits."""
+    with gzip.open(ROOT / "examples" / "scifact" / "corpus.jsonl.gz", "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [{"id": row["_id"], "text": row["text"]} for row in rows if len(row["_id"]) == 8][:120]
 
 
 @pytest.fixture(scope="session")

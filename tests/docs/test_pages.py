@@ -15,7 +15,7 @@ from tests.docs.terminal import Terminal
 from tests.docs.transcripts import Block, Step, blocks, typed
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*/README.md"))]
 RUN = [page for page in PAGES if any(block.language == "console" for block in blocks(page))]
 
 
