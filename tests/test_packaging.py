@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 SERVER, CLIENT = (
@@ -26,6 +27,8 @@ run = functools.partial(subprocess.run, check=True, env={k: v for k, v in os.env
 PACKAGES = {
     "preread_cli", "preread_local", "preread_edge", "cache", "checkpoint", "encoder_worker", "decoder_server", "tuning",
 }  # fmt: skip
+NO_FRAMEWORK = {"__init__", "fields", "functions", "ranker"}
+INTEGRATIONS = {path.stem for path in (ROOT / "preread" / "integrations").glob("*.py")} - NO_FRAMEWORK
 RERANK = """
 import json, os, sys
 from preread import Client, Passage
@@ -54,6 +57,7 @@ def contents(wheel: Path) -> set[str]:
 def test_the_clients_wheel_holds_the_clients(wheels: dict[str, Path]) -> None:
     names = contents(wheels["preread"])
     assert {"preread/__init__.py", "preread/v1/rerank_pb2.py", "preread/py.typed"} <= names
+    assert {f"preread/integrations/{name}.py" for name in NO_FRAMEWORK | INTEGRATIONS} <= names
     assert {name.split("/")[0] for name in names} == {"preread"}
     assert {Path(name).suffix for name in names} == {".py", ".pyi", ".typed"}
 
@@ -72,10 +76,22 @@ def test_both_are_of_one_version_and_say_so() -> None:
     assert CLIENT["version"] == version
     assert f"preread=={version}" in SERVER["dependencies"]
     for extra, requirements in CLIENT["optional-dependencies"].items():
+        if extra in INTEGRATIONS:
+            continue
         one = Requirement(*requirements)
         assert (one.name, str(one.specifier)) == ("preread-server", f"=={version}")
         assert one.extras == ({extra} - {"server"})
         assert one.extras <= set(SERVER["optional-dependencies"])
+
+
+def test_every_integration_has_an_extra_that_the_tested_versions_meet() -> None:
+    files = (ROOT / "tests" / "conformance" / name for name in ("constraints.txt", "mteb.txt"))
+    lines = [line for file in files for line in file.read_text().splitlines() if "==" in line]
+    tested = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    extras = CLIENT["optional-dependencies"]
+    assert set(extras) >= INTEGRATIONS
+    for one in map(Requirement, (line for name in INTEGRATIONS for line in extras[name])):
+        assert tested[canonicalize_name(one.name)] in one.specifier, one
 
 
 def test_the_servers_requirements_include_the_clients() -> None:

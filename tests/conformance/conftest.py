@@ -1,7 +1,8 @@
 """Real servers for real clients: `preread serve` from the main environment, in processes of their own.
 
-These tests run in the clients' environment (scripts/test-conformance), which has neither torch nor the server; those of
-search engines also run in another (scripts/test-engines). Elsewhere there is nothing to collect here.
+These tests run in the clients' environment (scripts/test-conformance), which has neither torch nor the server; from
+the checkout it takes the package `preread` alone. Those of search engines also run in another (scripts/test-engines),
+and test_component_mteb.py in the server's, with mteb next to it. Elsewhere there is nothing to collect here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,20 @@ ROOT = Path(__file__).parent.parent.parent
 SERVER_PYTHON = os.environ.get("PREREAD_SERVER_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
 START_SECONDS = 120
 KEY = "a-key-for-conformance-tests"
+Ranking = list[tuple[int, float]]
 
-if importlib.util.find_spec("cohere") is None:  # pymilvus: the engines' environment, scripts/test-engines
-    collect_ignore_glob = ["test_[!e]*.py", "test_every*.py"] if importlib.util.find_spec("pymilvus") else ["test_*.py"]
+
+
+def _is_here(test: Path) -> bool:
+    """Whether this environment is the one, or one of those, that has the packages of a test."""
+    if test.name == "test_component_mteb.py":
+        return importlib.util.find_spec("mteb") is not None
+    if importlib.util.find_spec("cohere") is not None:
+        return True
+    return test.name.startswith("test_engine") and importlib.util.find_spec("pymilvus") is not None
+
+
+collect_ignore = [test.name for test in Path(__file__).parent.glob("test_*.py") if not _is_here(test)]
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,49 @@ def guarded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="session")
+def narrow(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Iterator[Server]:
+    """Takes three candidates a request; holds the documents as passages d0, d1 and so on of the collection `docs`."""
+    from preread import Client, Passage
+
+    with _serving(checkpoint, tmp_path_factory.mktemp("narrow"), "--max-candidates", "3") as running:
+        with Client(running.grpc_address, encoder_address=running.encoder_address) as client:
+            passages = [Passage(f"d{i}", text) for i, text in enumerate(documents)]
+            assert {one.status for one in client.upsert(passages, collection="docs")} == {"stored"}
+        yield running
+
+
+@pytest.fixture(scope="session")
+def by_text(narrow: Server, query: str, documents: list[str]) -> Ranking:
+    """(index, score) best first of the documents as texts, one a request, without a component."""
+    return _scores(narrow, query, [{"text": text} for text in documents])
+
+
+@pytest.fixture(scope="session")
+def by_id(narrow: Server, query: str, documents: list[str]) -> Ranking:
+    """The same of the stored passages."""
+    return _scores(narrow, query, [{"id": f"d{i}"} for i in range(len(documents))], collection="docs")
+
+
+@pytest.fixture(scope="session")
+def agree() -> Callable[[Ranking, Ranking], bool]:
+    """agree(one, other): the same indexes in the same order, and the same scores within float32's digits."""
+
+    def compare(one: Ranking, other: Ranking) -> bool:
+        ours, theirs = [score for _, score in one], [score for _, score in other]
+        return [index for index, _ in one] == [index for index, _ in other] and ours == pytest.approx(theirs)
+
+    return compare
+
+
+def _scores(server: Server, query: str, candidates: list[dict], **options: str) -> Ranking:
+    from preread import Client
+
+    with Client(server.grpc_address) as client:
+        results = [client.rerank(query, [one], **options)[0] for one in candidates]
+    return sorted(((i, one.score) for i, one in enumerate(results)), key=lambda pair: -pair[1])
+
+
+@pytest.fixture(scope="session")
 def model(checkpoint: Path) -> str:
     return checkpoint.name
 
@@ -145,7 +200,7 @@ def long_text() -> str:
 
 
 @pytest.fixture(scope="session")
-def ranking(server: Server, query: str, documents: list[str]) -> list[tuple[int, float]]:
+def ranking(server: Server, query: str, documents: list[str]) -> Ranking:
     """(index, score) best first, without any client package."""
     answer = post(server, "/v1/rerank", {"query": query, "documents": documents})
     return [(result["index"], result["relevance_score"]) for result in answer["results"]]
