@@ -10,7 +10,7 @@ from preread.values import OnMiss
 
 
 class Fields(BaseModel):
-    """preread.integrations.ranker.Settings as fields. A copy, pickled or not, has a connection of its own."""
+    """preread.integrations.ranker.Settings as fields. A pickled copy connects again."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 

@@ -1,8 +1,9 @@
 """Real servers for real clients: `preread serve` from the main environment, in processes of their own.
 
 These tests run in the clients' environment (scripts/test-conformance), which has neither torch nor the server; from
-the checkout it takes the package `preread` alone. Those of search engines also run in another (scripts/test-engines),
-and test_component_mteb.py in the server's, with mteb next to it. Elsewhere there is nothing to collect here.
+the checkout it takes the package `preread` alone. Those of search engines also run in another (scripts/test-engines);
+those of mteb, and its blocks of docs/integrations.md, in the server's, with mteb next to it. Elsewhere there is nothing
+to collect here.
 """
 
 from __future__ import annotations
@@ -27,19 +28,26 @@ SERVER_PYTHON = os.environ.get("PREREAD_SERVER_PYTHON", str(ROOT / ".venv" / "bi
 START_SECONDS = 120
 KEY = "a-key-for-conformance-tests"
 Ranking = list[tuple[int, float]]
+os.environ |= {"HAYSTACK_TELEMETRY_ENABLED": "False", "HF_HUB_OFFLINE": "1"}  # nothing here needs the internet
+
+HAS_CLIENTS, HAS_ENGINES, HAS_MTEB = (
+    importlib.util.find_spec(name) is not None for name in ("cohere", "pymilvus", "mteb")
+)
 
 
+def _is_here(name: str) -> bool:
+    """Whether this environment has the packages of a test module."""
+    if name == "test_component_mteb.py":
+        return HAS_MTEB
+    elsewhere = {
+        "test_component_page.py": HAS_MTEB,
+        "test_engines.py": HAS_ENGINES,
+        "test_engine_requests.py": HAS_ENGINES,
+    }
+    return HAS_CLIENTS or elsewhere.get(name, False)
 
-def _is_here(test: Path) -> bool:
-    """Whether this environment is the one, or one of those, that has the packages of a test."""
-    if test.name == "test_component_mteb.py":
-        return importlib.util.find_spec("mteb") is not None
-    if importlib.util.find_spec("cohere") is not None:
-        return True
-    return test.name.startswith("test_engine") and importlib.util.find_spec("pymilvus") is not None
 
-
-collect_ignore = [test.name for test in Path(__file__).parent.glob("test_*.py") if not _is_here(test)]
+collect_ignore = [test.name for test in Path(__file__).parent.glob("test_*.py") if not _is_here(test.name)]
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
 import pytest
-
-os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
-
 from haystack import Document, Pipeline
 from haystack.utils import Secret
 
