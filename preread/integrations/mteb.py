@@ -121,14 +121,20 @@ class FolderTask(AbsTaskRetrieval):
             dataset={"path": str(folder), "revision": "local"}, eval_langs=["eng-Latn"],
         )  # fmt: skip
         made: FolderTask = type(name, (cls,), {"metadata": metadata, "_folder": folder})()
+        made._qrels()
         return made
+
+    def _qrels(self) -> Path:
+        choices = self._folder / "qrels.tsv", self._folder / "qrels" / "test.tsv"
+        if (found := next((one for one in choices if one.exists()), None)) is None:
+            raise ValueError(f"the folder {self._folder} has no judgements; expected qrels.tsv or qrels/test.tsv")
+        return found
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
         if self.data_loaded:
             return
         judged: dict[str, dict[str, int]] = {}
-        qrels = next(one for one in (self._folder / "qrels.tsv", self._folder / "qrels" / "test.tsv") if one.exists())
-        for line in qrels.read_text(encoding="utf-8").splitlines()[1:]:  # after the names of columns
+        for line in self._qrels().read_text(encoding="utf-8").splitlines()[1:]:  # after the names of columns
             query_id, document_id, grade = line.split("\t")
             judged.setdefault(query_id, {})[document_id] = int(grade)
         queries = [row for row in self._read("queries") if row["id"] in judged]
@@ -145,7 +151,7 @@ class FolderTask(AbsTaskRetrieval):
 
 
 def find_tasks(name: str) -> Sequence[AbsTask]:
-    """Of a folder in BEIR's format, a benchmark of MTEB or one of its tasks. Raises KeyError."""
+    """Of a folder in BEIR's format, a benchmark of MTEB or one of its tasks. Raises KeyError, ValueError."""
     if Path(name).is_dir():
         return [FolderTask.of(Path(name))]
     if name in {one.name for one in mteb.get_benchmarks()}:
@@ -153,50 +159,85 @@ def find_tasks(name: str) -> Sequence[AbsTask]:
     return [mteb.get_task(name)]
 
 
+def parts_of(task: AbsTask) -> Sequence[AbsTask]:
+    """The task, or those whose mean it is."""
+    return list(task.metadata.tasks) if isinstance(task, AbsTaskAggregate) else [task]
+
+
+def needs_first_stage(task: AbsTask) -> bool:
+    """Whether a task, or a part of one, comes without candidates; those of the type Reranking have them."""
+    return any(isinstance(one, AbsTaskRetrieval) and "Reranking" not in one.metadata.type for one in parts_of(task))
+
+
 def rerank_first_stage(tasks: Sequence[AbsTask], first_stage: str, top_k: int, folder: Path) -> None:
-    """Makes each retrieval task rerank the first `top_k` of a first stage: predictions that mteb saved, or a model."""
-    parts = [part for task in tasks for part in (task.metadata.tasks if isinstance(task, AbsTaskAggregate) else [task])]
-    searches = [part for part in parts if isinstance(part, AbsTaskRetrieval) and part.metadata.type == "Retrieval"]
-    if not Path(first_stage).is_dir() and searches:
+    """Makes each retrieval task rerank the first `top_k` of a first stage: a model of MTEB, or predictions it saved.
+
+    A model's predictions are written into `folder`.
+    """
+    searches = [one for task in tasks for one in parts_of(task) if needs_first_stage(one)]
+    has_predictions = Path(first_stage).is_dir()
+    if not has_predictions and searches:
         mteb.evaluate(mteb.get_model(first_stage), searches, prediction_folder=folder, cache=None)
-    for task in searches:
-        task.convert_to_reranking(first_stage if Path(first_stage).is_dir() else folder, top_k=top_k)
+    for one in searches:
+        cast(AbsTaskRetrieval, one).convert_to_reranking(first_stage if has_predictions else folder, top_k=top_k)
+
+
+def evaluate(
+    model: PrereadCrossEncoder, task: AbsTask, first_stage: str | None, top_k: int, output: Path | None
+) -> float:
+    """The main score of a task, whose data are in memory only so long. Results are saved in `output`."""
+    cache = mteb.ResultCache(output) if output else None
+    with tempfile.TemporaryDirectory() as folder:
+        if first_stage and needs_first_stage(task):
+            rerank_first_stage([task], first_stage, top_k, Path(folder))
+            known = (model.mteb_model_meta.experiment_kwargs or {}) | {"first_stage": first_stage, "top_k": str(top_k)}
+            meta = model.mteb_model_meta.model_copy(update={"experiment_kwargs": known})
+            model.mteb_model_meta = meta  # results of another first stage are saved in another folder
+        (result,) = mteb.evaluate(model, task, cache=cache).task_results
+    for one in parts_of(task):
+        if one.data_loaded:
+            one.unload_data()
+    return float(result.get_score())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluates, and writes a line for each task and their mean to standard output."""
+    """Evaluates; writes a line for each task, when it is done, and the mean to standard output."""
+    parser = argument_parser()
+    given = parser.parse_args(arguments)
+    try:
+        tasks = [task for name in given.names for task in find_tasks(name)]
+    except (KeyError, ValueError) as exc:
+        parser.error(str(exc.args[0]))
+    if not given.first_stage and (wanting := [one.metadata.name for one in tasks if needs_first_stage(one)]):
+        parser.error(
+            f"{', '.join(wanting)}: retrieval without candidates; expected --first-stage, whose best are ranked"
+        )
+    settings = {name: value for name, value in vars(given).items() if name in Settings.__optional_keys__}
+    settings |= {"client_options": ClientOptions(api_key=os.environ.get("PREREAD_API_KEY"))}
+    model = PrereadCrossEncoder(given.address, task_instructions=given.task_instructions, **cast(Settings, settings))
+    scores = []
+    for task in tasks:
+        scores.append(evaluate(model, task, given.first_stage, given.top_k, given.output))
+        sys.stdout.write(f"{task.metadata.name}\t{task.metadata.main_score}\t{scores[-1]:.4f}\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"mean of {len(scores)}\t\t{sum(scores) / len(scores):.4f}\n")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Of the command; options that are settings of components have their names."""
     parser = argparse.ArgumentParser(prog="python -m preread.integrations.mteb", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "names", nargs="+", metavar="NAME", help="benchmark or task of MTEB, or folder in BEIR's format"
-    )
-    parser.add_argument("--first-stage", metavar="MODEL|FOLDER", help="model of mteb, or a folder of its predictions")
-    parser.add_argument("--top-k", type=int, default=100, help="candidates of a query from the first stage [100]")
-    parser.add_argument(
-        "--address", default=LOCAL_ADDRESS, help=f"of the server [{LOCAL_ADDRESS}]; key: PREREAD_API_KEY"
-    )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for results, which a second run continues")
-    parser.add_argument("--task-instructions", action="store_true", help="the tasks' prompts in place of --instruction")
+    add = parser.add_argument
+    add("names", nargs="+", metavar="NAME", help="benchmark or task of MTEB, or folder in BEIR's format")
+    add("--first-stage", metavar="MODEL|FOLDER", help="model of mteb, or a folder of its predictions")
+    add("--top-k", type=int, default=100, help="candidates of a query from the first stage [100]")
+    add("--address", default=LOCAL_ADDRESS, help=f"of the server [{LOCAL_ADDRESS}]; its key: PREREAD_API_KEY")
+    add("--output", type=Path, metavar="FOLDER", help="for results, which a second run continues")
+    add("--task-instructions", action="store_true", help="the tasks' prompts in place of --instruction")
     for name in ("--collection", "--instruction", "--stages", "--model"):
-        parser.add_argument(name)
-    parser.add_argument("--compression-ratio", type=int)
-    given = parser.parse_args(arguments)
-    tasks = [task for name in given.names for task in find_tasks(name)]
-    options = ClientOptions(api_key=os.environ.get("PREREAD_API_KEY"))
-    settings = {name: value for name, value in vars(given).items() if name in Settings.__optional_keys__}
-    settings |= {"client_options": options}
-    model = PrereadCrossEncoder(given.address, task_instructions=given.task_instructions, **cast(Settings, settings))
-    with tempfile.TemporaryDirectory() as folder:
-        if given.first_stage:
-            rerank_first_stage(tasks, given.first_stage, given.top_k, Path(folder))
-        cache = mteb.ResultCache(given.output) if given.output else None
-        results = mteb.evaluate(model, tasks, cache=cache)
-    scores = [one.get_score() for one in results.task_results]
-    measures = {task.metadata.name: task.metadata.main_score for task in tasks}
-    named = [f"{one.task_name}\t{measures[one.task_name]}" for one in results.task_results]
-    rows = [*zip(named, scores, strict=True), (f"mean of {len(scores)}\t", sum(scores) / len(scores))]
-    lines = [f"{name}\t{score:.4f}\n" for name, score in rows]
-    sys.stdout.write("".join(lines))
+        add(name)
+    add("--compression-ratio", type=int)
+    return parser
 
 
 if __name__ == "__main__":

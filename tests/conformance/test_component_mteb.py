@@ -107,6 +107,20 @@ def test_a_command_fills_a_table(narrow, model, folder, tmp_path, capsys):
     assert len(list(tmp_path.rglob("claims.json"))) == 2
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["no-such-task"], "no-such-task"),
+        ([str(ROOT / "docs")], "has no judgements; expected qrels.tsv or qrels/test.tsv"),
+        (["SciFact", "MIRACLReranking"], "SciFact: retrieval without candidates; expected --first-stage"),
+    ],
+)
+def test_a_command_that_cannot_run_says_why(names, said, capsys):
+    with pytest.raises(SystemExit):
+        main(names)
+    assert said in capsys.readouterr().err
+
+
 def test_benchmarks_and_tasks_are_known_by_name():
     from preread.integrations.mteb import find_tasks
 
