@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import threading
 
 import pytest
 from langchain_classic.retrievers import ContextualCompressionRetriever
@@ -47,7 +48,9 @@ def test_async_calls_need_no_thread(agree, narrow, query, found, by_text):
     compressor = PrereadRerank(client=narrow.grpc_address, top_n=3)
 
     async def many():
-        return await asyncio.gather(*(compressor.acompress_documents(found, query) for _ in range(8)))
+        rankings = await asyncio.gather(*(compressor.acompress_documents(found, query) for _ in range(8)))
+        assert not [one for one in threading.enumerate() if one.name.startswith("asyncio_")]  # of a loop's executor
+        return rankings
 
     for _ in range(2):  # on an event loop each
         assert all(agree(seen(one), by_text[:3]) for one in asyncio.run(many()))
