@@ -25,7 +25,16 @@ from decoder_server.edge.engines import every_scored, unscored
 from decoder_server.edge.http import collections, dialects, info, names
 from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse
 from decoder_server.edge.http.openapi import JSON, Operation, document
-from decoder_server.edge.http.request import EXPECTED, Context, HttpRequest, Problem, read, respond
+from decoder_server.edge.http.request import (
+    EXPECTED,
+    Context,
+    HttpRequest,
+    Problem,
+    inflated_beginning,
+    is_gzip,
+    read,
+    respond,
+)
 from decoder_server.engine.engine import Engine
 from preread.errors import InvalidRequest, PrereadError, Unauthenticated
 from preread.values import RerankRequest
@@ -217,7 +226,8 @@ async def _respond(scope: Scope, receive: Receive, problem: Problem) -> Response
                         message = await receive()
                         if message["type"] != "http.request" or not message.get("more_body"):
                             break
-        tei = dialects.guess(bytes(seen)) is dialects.TEI
+        beginning = inflated_beginning(bytes(seen)) if is_gzip(headers) else bytes(seen)
+        tei = dialects.guess(beginning) is dialects.TEI
     return problem.response(tei=tei)
 
 

@@ -161,7 +161,7 @@ async def _add_passages(request: HttpRequest) -> Response:
     worker = request.context.encoder()
     name = check_name("collection", request.path_params["collection"])
     if request.check_written(*NDJSON) in NDJSON:
-        request.check_plain()
+        request.check_encoding()
         settings = _from_query(request, _UploadSettings)
         items = _from_lines(request)
     else:
@@ -267,7 +267,7 @@ async def _remove_alias(request: HttpRequest) -> Response:
 
 async def _from_lines(request: HttpRequest) -> AsyncIterator[Passage | UpsertResult]:
     """One passage per line, or its refusal; empty lines are skipped. A line over the limit is not kept."""
-    config, stream = request.context.config, request.stream()
+    config, stream = request.context.config, request.chunks()
     chunk: bytes | None = b""
     number, waited = 0, 0.0  # of lines, which errors name from 1; for the end of the present one
     rest = bytearray()  # of a line that has not ended

@@ -22,7 +22,7 @@ _ERRORS = {
     "404": "No such model, collection or path",
     "408": "The header or the body did not arrive in time",
     "413": "The body is too large",
-    "415": "The body is compressed, or a write is not JSON",
+    "415": "The body is compressed by anything but gzip, or a write is not JSON",
     "429": "The queue is full; retry-after and retry-after-ms say when to try again",
     "503": "Starting, stopping, or the store or encoder worker does not answer",
     "504": "The deadline passed",

@@ -9,6 +9,7 @@ import asyncio
 import math
 import re
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from decoder_server.engine.engine import Engine, choose
 from decoder_server.readiness import Readiness
 from preread import AsyncClient, errors
 from preread.errors import InvalidRequest, Path, Unavailable
-from preread_edge.steps import Pauses, stepped
+from preread_edge.steps import SMALL_BYTES, Pauses, Step, stepped
 
 T = TypeVar("T")
 Endpoint = Callable[["HttpRequest"], Awaitable[Response]]
@@ -37,6 +38,7 @@ Schema = dict[str, Any]
 
 RETRY_SECONDS = 1.0  # where the cause says nothing
 MAX_INT = 2**31 - 1  # gRPC's fields hold no more
+INFLATED_AT_ONCE = 1 << 20  # of a gzip body, before its size is compared with the limit
 
 _KINDS = {
     "object": "an object", "array": "a list", "str": "a string", "bool": "true or false", "int": "a whole number",
@@ -192,6 +194,65 @@ class Context:
         return self.worker
 
 
+def is_gzip(headers: Mapping[str, str]) -> bool:
+    return headers.get("content-encoding", "").lower() in ("gzip", "x-gzip")
+
+
+class _Gzip:
+    """A gzip body in parts: one member or several (RFC 1952). A bomb costs no more than the output that is taken."""
+
+    def __init__(self) -> None:
+        self._member = self._new()
+        self._is_full = False  # the last part was as long as it might be: zlib may hold more of it
+        self._is_within = False  # a member that has not ended
+        self.compressed = b""  # what is left of the input
+
+    @property
+    def has_more(self) -> bool:
+        return self._is_full or bool(self.compressed)
+
+    def inflate(self, step: Step, max_bytes: int) -> bytes:
+        """The next part of the output, `max_bytes` or a little more; `step` is called between blocks of it."""
+        parts, num_bytes = list[bytes](), 0
+        while self.has_more and num_bytes < max_bytes:
+            parts.append(self.block())
+            num_bytes += len(parts[-1])
+            step()
+        return b"".join(parts)
+
+    def block(self) -> bytes:
+        """At most SMALL_BYTES, of one member. Raises InvalidRequest for what is no gzip."""
+        if self._member.eof:
+            self._member = self._new()
+        try:
+            block: bytes = self._member.decompress(self.compressed, SMALL_BYTES)
+        except zlib.error:
+            raise InvalidRequest("body", "not gzip", "gzip, as content-encoding says") from None
+        self._is_within = not self._member.eof
+        self._is_full = self._is_within and len(block) == SMALL_BYTES
+        self.compressed = self._member.unconsumed_tail if self._is_within else self._member.unused_data
+        return block
+
+    def check_end(self) -> None:
+        """Raises InvalidRequest for a body that ends within a member."""
+        if self._is_within:
+            raise InvalidRequest("body", "a part of a gzip stream", "all of it")
+
+    @staticmethod
+    def _new() -> Any:
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)  # 16: with a header and a checksum, as gzip has them
+
+
+def inflated_beginning(data: bytes) -> bytes:
+    """The first SMALL_BYTES of a gzip body whose beginning is here; b"" for what is no gzip."""
+    gzip = _Gzip()
+    gzip.compressed = data
+    try:
+        return gzip.block()
+    except InvalidRequest:
+        return b""
+
+
 class HttpRequest(Request):
     """A request to an endpoint, with the limits of this edge."""
 
@@ -212,7 +273,6 @@ class HttpRequest(Request):
 
     async def read_json(self, deadline: float | None = None) -> Any:
         """The body as JSON, within the limits of size and time; None: the server's time for a request, from now."""
-        self.check_plain()
         max_bytes = self.context.config.max_body_bytes
         too_large = f"the request body is larger than {max_bytes} bytes"
         declared = self.headers.get("content-length", "")
@@ -221,7 +281,7 @@ class HttpRequest(Request):
         data = bytearray()
         try:
             async with asyncio.timeout_at(deadline or time.monotonic() + self.context.config.timeout_seconds):
-                async for chunk in self.stream():
+                async for chunk in self.chunks():
                     data += chunk
                     if len(data) > max_bytes:
                         raise Problem(413, too_large)
@@ -229,10 +289,27 @@ class HttpRequest(Request):
         except TimeoutError:
             raise Problem(408, Problem.TOO_SLOW) from None
 
-    def check_plain(self) -> None:
-        """Rejects a compressed body, whose size is unknown before it is in memory."""
-        if self.headers.get("content-encoding", "identity") != "identity":
-            message = f"content-encoding {self.headers['content-encoding'][:40]!r} is not understood; send it plain"
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives, inflated where it is gzip, at most INFLATED_AT_ONCE at a time."""
+        self.check_encoding()
+        if not is_gzip(self.headers):
+            async for chunk in self.stream():
+                yield chunk
+            return
+        gzip = _Gzip()
+        async for chunk in self.stream():
+            gzip.compressed += chunk
+            if gzip.has_more:
+                yield gzip.block()
+            while gzip.has_more:  # longer than a small body
+                yield await stepped(gzip.inflate, INFLATED_AT_ONCE)
+        gzip.check_end()
+
+    def check_encoding(self) -> None:
+        """Rejects a body that is compressed by anything but gzip."""
+        given = self.headers.get("content-encoding", "identity")
+        if given.lower() != "identity" and not is_gzip(self.headers):
+            message = f"content-encoding {given[:40]!r} is not understood; send gzip, or the body as it is"
             raise Problem(415, message, code="unsupported_encoding")
 
     def check_written(self, *more: str) -> str:
