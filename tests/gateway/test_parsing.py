@@ -77,6 +77,21 @@ def test_a_document_is_written_as_json_writes_it(monkeypatch: pytest.MonkeyPatch
         json_steps.render_in_steps(nothing, [float("nan")])
 
 
+def test_a_nested_document_is_written_in_few_pieces_however_deep() -> None:
+    deep: Any = [1] * 2000
+    for _ in range(90):
+        deep = [deep, 1]
+    for document in (
+        [{"a": [[1]] * 100} for _ in range(500)],
+        [deep] * 20,
+        {str(i): {"b": [i]} for i in range(50_000)},
+    ):
+        found = list(json_steps.pieces(document))
+        assert "".join(found) == json_steps.ENCODER.encode(document)
+        assert len(found) < 110_000
+        assert max(map(len, found)) <= json_steps.BLOCK_BYTES + 20 * json_steps.SHORT_VALUES
+
+
 MIB = 1 << 20
 # Each of 8 MiB.
 FINE = {

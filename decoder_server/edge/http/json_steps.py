@@ -23,6 +23,7 @@ BLOCK_BYTES = 64 << 10
 # Brackets, commas and colons: each costs at most 60 bytes of memory. A passage of an upload has six.
 MAX_TOKENS = 1_000_000
 MAX_DEPTH = 100
+SHORT_VALUES = 1000  # are written at once
 
 _QUOTE, _SLASH, _COMMA, _COLON = b'"\\,:'
 _IS_TOKEN = np.isin(np.arange(256), np.frombuffer(b"[]{},:", np.uint8))
@@ -230,7 +231,7 @@ def _escapes(block: NDArray[np.uint8], is_escaped: bool = False) -> tuple[NDArra
 def render_in_steps(step: Step, document: Json) -> list[bytes]:
     """UTF-8 of a document in parts of about a block; a NaN would be a bug and raises."""
     parts, waiting, num_waiting = list[bytes](), list[str](), 0
-    for piece in _pieces(document):
+    for piece in pieces(document):
         waiting.append(piece)
         num_waiting += len(piece)
         if num_waiting >= BLOCK_BYTES:
@@ -241,21 +242,51 @@ def render_in_steps(step: Step, document: Json) -> list[bytes]:
     return parts
 
 
-def _pieces(document: Json) -> Iterator[str]:
-    if isinstance(document, dict):
-        for i, (name, value) in enumerate(document.items()):
-            yield f"{',' if i else '{'}{ENCODER.encode(str(name))}:"
-            yield from _pieces(value)
-        yield "}" if document else "{}"
-    elif isinstance(document, list):
-        for i, value in enumerate(document):
-            yield "," if i else "["
-            yield from _pieces(value)
-        yield "]" if document else "[]"
-    elif isinstance(document, str) and len(document) > BLOCK_BYTES:
-        yield '"'
-        for begin in range(0, len(document), BLOCK_BYTES):
-            yield ENCODER.encode(document[begin : begin + BLOCK_BYTES])[1:-1]
-        yield '"'
+def pieces(document: Json) -> Iterator[str]:
+    """The text of a document: as much at a time as json writes in a millisecond."""
+    inside: list[Iterator[tuple[str, Json]]] = [iter([("", document)])]  # of containers that are not short, outer first
+    ends = [""]
+    while inside:
+        for before, value in inside[-1]:
+            yield before
+            if _is_short(value):
+                yield ENCODER.encode(value)
+            elif isinstance(value, str):
+                yield '"'
+                for begin in range(0, len(value), BLOCK_BYTES):
+                    yield ENCODER.encode(value[begin : begin + BLOCK_BYTES])[1:-1]
+                yield '"'
+            else:
+                inside.append(_members(value))
+                ends.append("}" if isinstance(value, dict) else "]")
+                break
+        else:
+            inside.pop()
+            yield ends.pop()
+
+
+def _members(container: Json) -> Iterator[tuple[str, Json]]:
+    """Values, each with the text before it."""
+    if isinstance(container, dict):
+        for i, (name, value) in enumerate(container.items()):
+            yield f"{',' if i else '{'}{ENCODER.encode(str(name))}:", value
     else:
-        yield ENCODER.encode(document)
+        for i, value in enumerate(container):
+            yield "," if i else "[", value
+
+
+def _is_short(document: Json) -> bool:
+    """Whether a document has at most SHORT_VALUES values and names, and a block of characters in strings."""
+    found, num_characters = [document], 0
+    for one in found:  # which grows
+        if isinstance(one, str):
+            num_characters += len(one)
+        elif isinstance(one, (dict, list)):
+            if len(found) + len(one) > SHORT_VALUES:
+                return False
+            found += one
+            if isinstance(one, dict):
+                found += one.values()
+        if num_characters > BLOCK_BYTES:
+            return False
+    return True
