@@ -228,7 +228,7 @@ async def _respond(scope: Scope, receive: Receive, problem: Problem) -> Response
                             break
         beginning = inflated_beginning(bytes(seen)) if is_gzip(headers) else bytes(seen)
         tei = dialects.guess(beginning) is dialects.TEI
-    return problem.response(tei=tei)
+    return problem.response(as_text=tei)
 
 
 async def _rerank(request: HttpRequest) -> Response:
@@ -250,7 +250,7 @@ async def _rerank(request: HttpRequest) -> Response:
         async with room:
             return await _score(request.context, one, until, request.state.request_id)
 
-    tasks = [asyncio.ensure_future(score(one)) for one in read(dialect, body).requests()]
+    tasks = [asyncio.ensure_future(score(one)) for one in read(dialect, body, lax=True).requests()]
     try:
         responses = await request.while_connected(asyncio.gather(*tasks))
     finally:  # when one fails, the others are cancelled

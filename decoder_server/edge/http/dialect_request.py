@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from decoder_server.edge.http.request import Count, Query, RawText, Schema, Text, Word, kind_of, read
+from decoder_server.edge.http.request import Count, Query, RawText, Schema, Switch, Text, Word, kind_of, read
 from preread import values
 from preread.errors import FailedPrecondition, InvalidRequest, Path, field_name
 
@@ -21,7 +21,7 @@ def _about(text: str) -> Meta:
     return Meta(description=text)
 
 
-Flag = bool | None
+Flag = Switch | None
 Size = Annotated[int, Meta(ge=0)]
 Score = Annotated[float, Meta(ge=0, le=1)]
 Top = Annotated[Count | None, _about("0, absent or more than there are: all")]
@@ -129,13 +129,13 @@ class RerankBody(Struct, kw_only=True):
             top_n=int(top or 0),
             compression_ratio=int(self.compression_ratio or 0) or None,
             on_miss=cast(values.OnMiss | None, self.on_miss and str(self.on_miss)),
-            return_text=self.return_documents or False,
+            return_text=bool(self.return_documents),
             model=str(self.model or ""),
             stages=self.stages or (),
             one_ratio=one_ratio,
         )
         max_tokens = int(self.max_tokens_per_doc or 0) or None
-        parsed = DialectRequest(request, field, max_tokens, self.return_margins or False, **settings)
+        parsed = DialectRequest(request, field, max_tokens, bool(self.return_margins), **settings)
         bad = next((i for i, candidate in enumerate(request.candidates) if candidate.problem), None)
         if bad is not None and parsed.texts_alone:  # there is no status to say it in
             raise InvalidRequest(parsed.path_of(bad), *RawText.HALF_A_PAIR)

@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from decoder_server.edge.http import dialect_request as rerank
 from decoder_server.edge.http import names
-from decoder_server.edge.http.request import Count, Query, Schema, Text, Word, read
+from decoder_server.edge.http.request import Count, Query, Schema, Switch, Text, Word, read
 from preread.errors import InvalidRequest
 
 # Clients disagree on the path, so each takes every dialect, which the fields of the body show.
@@ -88,7 +88,7 @@ class _RerankRequest(rerank.RerankBody, kw_only=True):
 
 class _InfinityRequest(_RerankRequest, kw_only=True):
     def requests(self) -> list[rerank.DialectRequest]:
-        return [self.request(raw_scores=self.raw_scores or False)]
+        return [self.request(raw_scores=bool(self.raw_scores))]
 
 
 # Text Embeddings Inference: `texts` in, a flat list out, best first.
@@ -109,8 +109,8 @@ class _TeiRequest(rerank.RerankBody, kw_only=True):
     truncation_direction: _Direction | None = None
 
     def requests(self) -> list[rerank.DialectRequest]:
-        keep_end, reject = self.truncation_direction == "left", self.truncate is False
-        raw_scores = self.raw_scores or False
+        keep_end, reject = self.truncation_direction == "left", self.truncate == Switch(False)
+        raw_scores = bool(self.raw_scores)
         return [self.request("texts", raw_scores=raw_scores, reject_truncated=reject, keep_end=keep_end)]
 
     @classmethod
@@ -160,7 +160,7 @@ class _VoyageRequest(rerank.RerankBody, kw_only=True):
     truncation: RefuseLong = None
 
     def requests(self) -> list[rerank.DialectRequest]:
-        return [self.request(top_k=self.top_k, reject_truncated=self.truncation is False)]
+        return [self.request(top_k=self.top_k, reject_truncated=self.truncation == Switch(False))]
 
     @classmethod
     def pack(cls, responses: Sequence[rerank.DialectResponse]) -> _VoyageAnswer:

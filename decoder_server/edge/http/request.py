@@ -155,12 +155,12 @@ class Problem(Exception):  # noqa: N818 - most are made of an error
                 return cls(500, message, code="store_failed")
         return cls(500, "internal error; the log has it under x-request-id")  # nothing of the cause
 
-    def response(self, *, tei: bool = False) -> Response:
-        """The response, in TEI's shape or in the common one."""
+    def response(self, *, as_text: bool = False) -> Response:
+        """The response, in the common shape; `as_text` in TEI's, where `error` is a string."""
         message = self.message or self.code
         detail = _ErrorDetail(message=message, type=self.kind, param=self.param, code=self.code)
         body: _TeiError | _Error = _Error(error=detail, message=message, detail=message)
-        if tei:
+        if as_text:
             kind = _TEI_KINDS.get(self.status, "backend" if self.status >= 500 else "validation")
             body = _TeiError(error=message, error_type=kind)
         return Response(ENCODER.encode(msgspec.to_builtins(body)), self.status, self.headers, "application/json")
@@ -285,6 +285,7 @@ class HttpRequest(Request):
                     data += chunk
                     if len(data) > max_bytes:
                         raise Problem(413, too_large)
+                self.state.is_large = len(data) > SMALL_BYTES
                 return await parse(data)
         except TimeoutError:
             raise Problem(408, Problem.TOO_SLOW) from None
@@ -342,8 +343,11 @@ class HttpRequest(Request):
 
 
 async def respond(document: Any, headers: dict[str, str] | None = None, *, is_large: bool = False) -> Response:
-    """The response of a struct, or of JSON values. A large one may hold the caller's texts, and is made in steps."""
-    values = msgspec.to_builtins(document)
+    """The response of a struct, or of an object of JSON values.
+
+    A large one may hold the caller's texts, and is made in steps.
+    """
+    values = document if isinstance(document, dict) else msgspec.to_builtins(document)
     if not is_large:
         return Response(ENCODER.encode(values), headers=headers, media_type="application/json")
     parts = await stepped(render_in_steps, values)
@@ -412,17 +416,47 @@ class Word(Text):
         return cls(word)
 
 
+class Switch(int):
+    """True or false."""
+
+    schema: ClassVar[Schema] = {"type": "boolean"}
+    _WORDS: ClassVar = dict.fromkeys(("1", "on", "t", "true", "y", "yes"), True) | dict.fromkeys(
+        ("0", "off", "f", "false", "n", "no"), False
+    )
+
+    @classmethod
+    def coerce(cls, value: object) -> object:
+        """A word or number that pydantic reads as true or false; anything else as it is."""
+        if isinstance(value, str):
+            return cls._WORDS.get(value.lower(), value)
+        return bool(value) if isinstance(value, (int, float)) and value in (0, 1) else value
+
+    @classmethod
+    def read(cls, value: object) -> Self:
+        if not isinstance(value, bool):
+            raise InvalidRequest((), value[:100] if isinstance(value, str) else kind_of(value), "true or false")
+        return cls(value)
+
+
 class Count(int):
     """A whole number from 0 up: 3.0 is 3, and more than MAX_INT is MAX_INT."""
 
     schema: ClassVar[Schema] = {"type": "integer", "minimum": 0}
+    _DIGITS: ClassVar = re.compile(r"\s*([+-]?[0-9]+(?:_[0-9]+)*)(?:\.0+)?\s*")
+
+    @classmethod
+    def coerce(cls, value: object) -> object:
+        """Digits, true and false as pydantic reads them as a whole number; anything else as it is."""
+        if isinstance(value, str) and len(value) <= 100 and (digits := cls._DIGITS.fullmatch(value)):
+            return int(digits[1])
+        return int(value) if isinstance(value, bool) else value
 
     @classmethod
     def read(cls, value: object) -> Self:
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # as languages with one number type write it
         if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidRequest((), kind_of(value), "a whole number")
+            raise InvalidRequest((), value[:100] if isinstance(value, str) else kind_of(value), "a whole number")
         if value < 0:
             raise InvalidRequest((), str(max(value, -MAX_INT)), "0 or more")
         return cls(min(value, MAX_INT))
@@ -434,10 +468,17 @@ def kind_of(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def read(kind: type[T], value: Any, root: Path = ()) -> T:
-    """A JSON value, which stands at `root` in the body, as a struct, or as anything that structs may hold."""
+def read(kind: type[T], value: Any, root: Path = (), *, lax: bool = False) -> T:
+    """A JSON value, which stands at `root` in the body, as a struct, or as anything that structs may hold.
+
+    `lax`: what servers built on pydantic coerce is coerced: "true", "2", 1 for true.
+    """
+
+    def custom(kind: Any, item: Any) -> Any:
+        return kind.read(kind.coerce(item) if lax and hasattr(kind, "coerce") else item)
+
     try:
-        return msgspec.convert(value, kind, dec_hook=lambda custom, item: custom.read(item))
+        return msgspec.convert(value, kind, dec_hook=custom)
     except UnicodeEncodeError:  # the name of a field inside an object
         raise InvalidRequest(root or ("body",), *RawText.HALF_A_PAIR) from None
     except msgspec.ValidationError as exc:
