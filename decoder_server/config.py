@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 DEFAULT_NAMES = frozenset({"default", "default/not-specified"})
 ANY_MODEL = "*"
 SHIPPED_MODEL = Path(preread.__file__).parent / "models" / "preread-mini"  # in a checkout, and in the servers' wheel
+# Of HTTP bodies; decoder_server/edge/http/dialects.py has their shapes.
+DIALECTS = (
+    "cohere", "jina", "vllm", "tei", "nim", "voyage", "mixedbread", "infinity", "pinecone", "sglang", "isaacus",
+    "weaviate",
+)  # fmt: skip
 
 
 def parse_lookup(text: str) -> tuple[str, ...] | None:
@@ -100,6 +105,12 @@ class HttpConfig(ListenConfig):
     model_aliases: tuple[str, ...] = knob(
         (), "HTTP clients may call the (first) model by this name too; '*': by any. May be repeated.",
         flag="--model-alias", metavar="NAME",
+    )  # fmt: skip
+    dialect: str = knob(
+        "auto",
+        "Dialect of every HTTP reranking body, unless the path begins with another: /tei/rerank. auto: told by the "
+        "path, the headers and the body.",
+        choices=("auto", *DIALECTS),
     )  # fmt: skip
     max_body_bytes: int = knob(
         64 * MIB, "Largest HTTP request body; NDJSON uploads are read line by line and may be longer.", at_least=1

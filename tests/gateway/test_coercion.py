@@ -21,6 +21,9 @@ DIALECTS = [
     ("/voyage/v1/rerank", "documents", "data", "top_k", "return_documents"),
     ("/v1/reranking", "input", "data", "top_k", "return_input"),
     ("/infinity/rerank", "documents", "results", "top_n", "return_documents"),
+    ("/pinecone/rerank", "documents", "data", "top_n", "return_documents"),
+    ("/sglang/rerank", "documents", None, "top_n", "return_documents"),
+    ("/v1/rerankings", "texts", "results", "top_n", ""),
 ]
 EVERY = pytest.mark.parametrize(("path", "field", "where", "top", "returns"), DIALECTS)
 

@@ -117,7 +117,7 @@ def test_the_router_speaks_json_too(running, method, path, status):
     [
         ("POST", "/v1/rerankk", "POST /v1/rerankk: no such path; did you mean /v1/rerank?"),
         ("GET", "/v1/collection/Docs", "GET /v1/collection/Docs: no such path; did you mean /v1/collections/Docs?"),
-        ("POST", "/infinity/reranks", "POST /infinity/reranks: no such path; did you mean /infinity/rerank?"),
+        ("POST", "/infinity/rerankk", "POST /infinity/rerankk: no such path; did you mean /infinity/rerank?"),
         ("GET", "/nowhere", "GET /nowhere: no such path; /openapi.json lists all paths"),
         ("GET", "/v1/rerank" * 500, f"GET {'/v1/rerank' * 20}: no such path; /openapi.json lists all paths"),
     ],

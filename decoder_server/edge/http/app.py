@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from decoder_server.edge.engines import every_scored, unscored
 from decoder_server.edge.http import collections, dialects, info, names
-from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse
+from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse, no_step
 from decoder_server.edge.http.openapi import JSON, Operation, document
 from decoder_server.edge.http.request import (
     EXPECTED,
@@ -36,10 +37,10 @@ from decoder_server.edge.http.request import (
     respond,
 )
 from decoder_server.engine.engine import Engine
-from preread.errors import InvalidRequest, PrereadError, Unauthenticated
+from preread.errors import DeadlineExceeded, InvalidRequest, PrereadError, Unauthenticated
 from preread.values import RerankRequest
 from preread_edge import access, logs
-from preread_edge.steps import SMALL_BYTES
+from preread_edge.steps import SMALL_BYTES, Step, stepped
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ OnAnswer = Callable[[int, float], None]  # status, seconds
 # Probes carry no keys; what describes the interface, or is a page to type a key into, needs none.
 _HEALTH = (*info.LIVE, *info.READY)
 _OPEN = ("/", "/page/page.js", "/page/page.css", "/page/icon.svg", *_HEALTH, "/openapi.json")
-_PREFIXED = (*dialects.PATHS, "/v1/models", "/models", "/info", "/health")  # also there behind a dialect's prefix
+_PREFIXED = (*_HEALTH, *info.DESCRIPTIONS)  # also there behind a dialect's prefix
 _METRICS, _NAMED = "/metrics", re.compile(r"/v1/(collections|aliases)/(?P<name>[^/]+)")
 _PROBES = (*_HEALTH, _METRICS)  # a full server is alive, and says why
 _NO_DIALECT = ("/v1/collections/", "/v1/explain")
@@ -56,15 +57,34 @@ _NO_DIALECT = ("/v1/collections/", "/v1/explain")
 _SEEN_BYTES = 64 << 10
 _PEEK_SECONDS = 1.0
 MAX_PATH_SHOWN = 200
+_RETRIEVAL = re.compile(r"/v1/retrieval/(?P<model>.+)/reranking")  # NIM's path names the model
 MAX_REQUESTS_AT_ONCE = 8  # of one body: it should not fill the queue alone
+
+
+class _Base(StringConvertor):
+    """What may stand before the last part of a path: anything but our own resources, which other keys may use."""
+
+    regex = r"(?:(?!(?:.*/)?v1/(?:collections|aliases)/).{1,200}/)?"
+
+
+class _RerankingWord(StringConvertor):
+    """The last part of a path to which clients send what is to be ranked."""
+
+    regex = r"rerank(?:s|er|ing|ings)?|ranks?|rankings?|scores?"
+
+
+register_url_convertor("base", _Base())
+register_url_convertor("reranking_word", _RerankingWord())
 
 
 def build(context: Context, keys: access.ApiKeys, guard: access.Guard, on_answer: OnAnswer) -> ASGIApp:
     """The application; `guard` knows the names and web pages it answers to."""
     by_path: dict[str, dict[str, Operation]] = {}
     for operation in OPERATIONS:
-        for prefix in ("", *dialects.PREFIXES) if operation.path in _PREFIXED else ("",):
-            by_path.setdefault(prefix + operation.path, {})[operation.method] = operation
+        by_path.setdefault(operation.path, {})[operation.method] = operation
+    paths = [*by_path]
+    by_path["/{base:base}{word:reranking_word}"] = {"POST": OPERATIONS[0]}
+    by_path |= {prefix + path: by_path[path] for prefix in dialects.PREFIXES for path in _PREFIXED}
 
     def by_method(operations: Mapping[str, Operation]) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -77,8 +97,8 @@ def build(context: Context, keys: access.ApiKeys, guard: access.Guard, on_answer
 
     async def failed(request: Request, exc: Exception) -> Response:
         if isinstance(exc, HTTPException):  # of the router
-            exc = _unrouted(request, exc, [*by_path])
-        return await _respond(request.scope, request.receive, Problem.of(exc))
+            exc = _unrouted(request, exc, paths)
+        return await _respond(request.scope, request.receive, Problem.of(exc), context.config.dialect)
 
     routes = [Route(path, by_method(operations), methods=list(operations)) for path, operations in by_path.items()]
     handlers: Any = dict.fromkeys((HTTPException, *EXPECTED, Exception), failed)
@@ -86,7 +106,7 @@ def build(context: Context, keys: access.ApiKeys, guard: access.Guard, on_answer
     app.router.redirect_slashes = False  # a redirected POST loses its body with many clients
     app.state.context = context
     app.state.openapi = document(OPERATIONS, dialects.PREFIXES)
-    return Envelope(app, keys, guard, on_answer)
+    return Envelope(app, keys, guard, on_answer, context.config.dialect)
 
 
 def _unrouted(request: Request, exc: HTTPException, paths: Sequence[str]) -> Problem:
@@ -97,15 +117,17 @@ def _unrouted(request: Request, exc: HTTPException, paths: Sequence[str]) -> Pro
         allowed = sorted(Headers(exc.headers).get("allow", "").split(", "))
         message = f"{what}: no such method here; expected {' or '.join(allowed)}"
         return Problem(405, message, headers={"allow": ", ".join(allowed)})
-    near = names.nearest_path(path, paths) if len(path) <= MAX_PATH_SHOWN else ""
+    bare = dialects.without_prefix(path)
+    near = names.nearest_path(bare, paths) if len(path) <= MAX_PATH_SHOWN else ""
+    if near in (*dialects.PATHS, *_PREFIXED):
+        near = path.removesuffix(bare) + near
     hint = f"did you mean {near}?" if near else "/openapi.json lists all paths"
     return Problem(exc.status_code, f"{what}: no such path; {hint}")
 
 
 def _scopes_of(method: str, path: str) -> tuple[access.Scope, ...]:
     """Scopes of which a key needs one; none: no key is needed."""
-    for prefix in dialects.PREFIXES:
-        path = path.removeprefix(prefix)
+    path = dialects.without_prefix(path)
     if method in ("GET", "HEAD"):
         if re.fullmatch("/v1/collections/[^/]+/passages", path):  # ids, as over gRPC; an index key reads counts
             return (access.Scope.RERANK,)
@@ -118,8 +140,10 @@ def _scopes_of(method: str, path: str) -> tuple[access.Scope, ...]:
 class Envelope:
     """Around every response: its id (the caller's where it is fit for a header and a log), CORS, errors, counting."""
 
-    def __init__(self, app: ASGIApp, keys: access.ApiKeys, guard: access.Guard, on_answer: OnAnswer) -> None:
-        self._app, self._keys, self._guard, self._on_answer = app, keys, guard, on_answer
+    def __init__(
+        self, app: ASGIApp, keys: access.ApiKeys, guard: access.Guard, on_answer: OnAnswer, dialect: str = "auto"
+    ) -> None:
+        self._app, self._keys, self._guard, self._on_answer, self._dialect = app, keys, guard, on_answer, dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         foreign = self._guard.problem(scope)
@@ -134,7 +158,7 @@ class Envelope:
             try:
                 app = self._admit(scope, headers, foreign)
             except Problem as problem:
-                app = await _respond(scope, messages.receive, problem)
+                app = await _respond(scope, messages.receive, problem, self._dialect)
             await app(scope, messages.receive, messages.send)
         except Exception as exc:
             log.error("request %s failed: %s", request_id, type(exc).__name__, exc_info=exc)
@@ -142,7 +166,7 @@ class Envelope:
                 return
             if messages.status:
                 raise  # the connection has to break: half a response must not look like a whole one
-            response = await _respond(scope, messages.receive, Problem.of(exc))
+            response = await _respond(scope, messages.receive, Problem.of(exc), self._dialect)
             await response(scope, messages.receive, messages.send)
         finally:
             messages.count()  # a response that broke off
@@ -150,7 +174,7 @@ class Envelope:
     def _admit(self, scope: Scope, headers: Headers, foreign: tuple[str, str] | None) -> ASGIApp:
         """The application, or the response to a preflight; raises Problem where the request may not go on."""
         method, path = scope["method"], scope["path"]
-        if scope["state"].get("crowded") and path not in _PROBES:
+        if scope["state"].get("crowded") and dialects.without_prefix(path) not in _PROBES:
             message = "too many connections; try again, or use fewer connections for more requests each"
             raise Problem(429, message, code="too_many_connections", headers={"connection": "close"})
         if foreign is not None:
@@ -212,11 +236,11 @@ class _Messages:
             self._on_answer(self.status, time.monotonic() - self._start)
 
 
-async def _respond(scope: Scope, receive: Receive, problem: Problem) -> Response:
-    """The error in the shape of the caller's dialect: by the path, the body, or its beginning, which is read."""
-    seen, headers = scope["state"]["seen"], Headers(scope=scope)
-    tei = scope["path"].startswith("/tei/") or scope["state"].get("dialect") is dialects.TEI
-    if not tei and scope["method"] == "POST" and not scope["path"].startswith(_NO_DIALECT):
+async def _respond(scope: Scope, receive: Receive, problem: Problem, fixed: str) -> Response:
+    """The error in the shape of the caller's dialect, or of `fixed`: told by the body's beginning, which is read."""
+    seen, headers, path = scope["state"]["seen"], Headers(scope=scope), scope["path"]
+    dialect = scope["state"].get("dialect")
+    if dialect is None and scope["method"] == "POST" and not path.startswith(_NO_DIALECT):
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
         if not seen and has_body and "expect" not in headers:
             # A rejected client has sent this already. The rest is not read.
@@ -227,18 +251,21 @@ async def _respond(scope: Scope, receive: Receive, problem: Problem) -> Response
                         if message["type"] != "http.request" or not message.get("more_body"):
                             break
         beginning = inflated_beginning(bytes(seen)) if is_gzip(headers) else bytes(seen)
-        tei = dialects.guess(beginning) is dialects.TEI
-    return problem.response(as_text=tei)
+        dialect = dialects.pick(dialects.fields_seen(beginning), path, headers, fixed)
+    elif dialect is None:
+        dialect = dialects.pick({}, path)
+    return problem.response(as_text=dialect in dialects.AS_TEXT)
 
 
 async def _rerank(request: HttpRequest) -> Response:
     engines, until = request.context.engines, request.deadline()
     body = read(dict[str, Any], await request.read_json(until))
-    dialect = dialects.pick(body, request.url.path)
+    path = request.url.path
+    dialect = dialects.pick(body, path, request.headers, request.context.config.dialect)
     request.state.dialect = dialect
     dialects.check_names(body, dialect)
-    if body.get("model") is None and "model" in request.path_params:  # NIM's path names it
-        body["model"] = request.path_params["model"]
+    if body.get("model") is None and (named := _RETRIEVAL.search(path)):
+        body["model"] = named["model"]
     most = max([dialects.MAX_PAIRS, *(engine.limits.max_candidates for engine in engines.values())])
     for name in dialects.LISTS:  # before any of them is read
         given = body.get(name)
@@ -250,14 +277,26 @@ async def _rerank(request: HttpRequest) -> Response:
         async with room:
             return await _score(request.context, one, until, request.state.request_id)
 
-    tasks = [asyncio.ensure_future(score(one)) for one in read(dialect, body, lax=True).requests()]
-    try:
-        responses = await request.while_connected(asyncio.gather(*tasks))
-    finally:  # when one fails, the others are cancelled
-        for task in tasks:
-            task.cancel()
+    def made(step: Step) -> list[DialectRequest]:
+        return read(dialect, body, lax=True).requests(step)
+
+    async def answered() -> list[DialectResponse]:
+        try:
+            async with asyncio.timeout_at(until):
+                requests = await stepped(made) if request.state.is_large else made(no_step)
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed before the documents had been read") from None
+        tasks = [asyncio.ensure_future(score(one)) for one in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:  # when one fails, the others are cancelled
+            for task in tasks:
+                task.cancel()
+
+    responses = await request.while_connected(answered())
     num_characters = sum(len(one.text or "") + len(one.passage_id) for it in responses for one in it.scored)
-    headers, is_large = DialectResponse.headers(responses), num_characters > SMALL_BYTES
+    returns_body = request.state.is_large and any(one.parsed.documents for one in responses)
+    headers, is_large = DialectResponse.headers(responses), returns_body or num_characters > SMALL_BYTES
     return await respond(dialect.pack(responses), headers, is_large=is_large)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from decoder_server.edge.http.json_steps import pieces
 from decoder_server.edge.http.request import Count, Query, RawText, Schema, Switch, Text, Word, kind_of, read
 from preread import values
 from preread.errors import FailedPrecondition, InvalidRequest, Path, field_name
+from preread_edge.steps import Step
 
 MAX_POSITIONS_SHOWN = 500
+MAX_RANK_FIELDS = 100  # they are looked for in every document
 
 
 def _about(text: str) -> Meta:
@@ -61,21 +64,60 @@ class _Stages(tuple[values.Stage, ...]):
             raise InvalidRequest((), value[:100], f"RATIO:KEEP, RATIO:KEEP, RATIO ({exc})") from None
 
 
-class _DocumentObject(Struct, kw_only=True):
-    text: RawText | None = None
-    title: RawText | None = None  # goes before the text, as where passages are indexed
-    id: Text | None = None
-
-    @property
-    def joined(self) -> str | None:
-        return None if self.text is None else values.join_title(self.title, self.text)
-
-
+# Our own names; a document without any other is one of ours, so that its id may be a passage's.
+_OWN: dict[str, Schema] = {"text": Text.schema, "title": Text.schema, "id": {"type": ["string", "integer"]}}
+_DocumentObject = Annotated[dict[str, Any], Meta(extra_json_schema={"properties": _OWN})]
 Documents = Annotated[list[str | _DocumentObject | None] | None, _about("May be absent if passage_ids are given")]
+
+
+def no_step() -> None:
+    """Between steps of work that is short: nothing."""
+
+
+def flat(value: object, path: Path, step: Step = no_step) -> str:
+    """A JSON value in one line, which is YAML too. Raises InvalidRequest for one that JSON cannot hold."""
+    parts = []
+    try:
+        for piece in pieces(value):
+            parts.append(piece)
+            step()
+    except RecursionError:
+        raise InvalidRequest(path, "too deeply nested", "an object of fewer levels") from None
+    except ValueError:
+        raise InvalidRequest(path, "a number that is not finite", "numbers that are") from None
+    return "".join(parts)
+
+
+def _text_of(document: Mapping[str, Any], rank_fields: Sequence[str], path: Path, step: Step) -> str | None:
+    """The text that is scored of a document that is an object; None where it has no field but an id.
+
+    That is `text`, with `title` before it; else all other fields, a line `name: value` each, as Cohere documents it.
+    With `rank_fields` those instead, in their order: of one the value alone.
+    """
+    chosen = [name for name in rank_fields if document.get(name) is not None]
+    if rank_fields and not chosen and not document.keys() <= {"id"}:
+        raise InvalidRequest(path, "an object without them", f"one of rank_fields: {', '.join(rank_fields)[:200]}")
+    if not rank_fields and document.get("text") is None and not document.keys() <= _OWN.keys():
+        chosen = [name for name, value in document.items() if name not in ("id", "_id") and value is not None]
+    if not chosen or {"title", "text"}.issuperset(chosen):  # joined as where passages are indexed
+        fields = {name: document.get(name) for name in chosen or ("title", "text")}
+        text, title = (
+            None if (value := fields.get(name)) is None else read(RawText, value, (*path, name))
+            for name in ("text", "title")
+        )
+        if text is None:
+            return title if chosen else None
+        return values.join_title(title, text)
+    rendered = [value if isinstance(value := document[n], str) else flat(value, path, step) for n in chosen]
+    if len(chosen) == 1 and rank_fields:
+        return rendered[0]
+    return "\n".join(f"{name}: {value}" for name, value in zip(chosen, rendered, strict=True))
 
 
 class RerankBody(Struct, kw_only=True):
     """Fields with one meaning in every dialect, which may rename `documents`, `top_n` and `return_documents`."""
+
+    owns_ids: ClassVar[bool] = True  # False: an `id` in a document is never a passage's
 
     query: Query
     documents: Documents = None
@@ -99,10 +141,13 @@ class RerankBody(Struct, kw_only=True):
         Flag, _about("Adds margin (yes-logit minus no-logit), compression_ratio and stages to each result")
     ] = None
     max_tokens_per_doc: Annotated[Count | None, _about("Texts are cut there")] = None
+    rank_fields: Annotated[
+        list[Text] | None, _about("Fields of documents that are objects: these are scored, in this order")
+    ] = None
 
-    def requests(self) -> list[DialectRequest]:
-        """For the engine: one, or one per distinct query."""
-        return [self.request()]
+    def requests(self, step: Step) -> list[DialectRequest]:
+        """For the engine: one, or one per distinct query. Calls `step` between pieces of work."""
+        return [self.request(step=step)]
 
     @classmethod
     def pack(cls, responses: Sequence[DialectResponse]) -> Any:
@@ -115,15 +160,17 @@ class RerankBody(Struct, kw_only=True):
         *,
         top_k: Count | None = None,  # the dialect's limit of results; None: top_n
         one_ratio: bool = False,
+        step: Step = no_step,
         **settings: Any,  # of DialectRequest
     ) -> DialectRequest:
         """The request for the engine."""
         if self.documents is None and self.passage_ids is not None:
             field = "passage_ids"
         top = self.top_n if top_k is None else top_k
+        candidates, foreign_ids = self._candidates(field, step)
         request = values.RerankRequest(
             query=str(self.query),
-            candidates=self._candidates(field),
+            candidates=candidates,
             instruction=None if self.instruction is None else str(self.instruction),
             collection=str(self.collection or "") or None,
             top_n=int(top or 0),
@@ -135,15 +182,19 @@ class RerankBody(Struct, kw_only=True):
             one_ratio=one_ratio,
         )
         max_tokens = int(self.max_tokens_per_doc or 0) or None
-        parsed = DialectRequest(request, field, max_tokens, bool(self.return_margins), **settings)
+        settings |= {"return_margins": bool(self.return_margins), "foreign_ids": foreign_ids}
+        parsed = DialectRequest(request, field, max_tokens, **settings)
         bad = next((i for i, candidate in enumerate(request.candidates) if candidate.problem), None)
         if bad is not None and parsed.texts_alone:  # there is no status to say it in
             raise InvalidRequest(parsed.path_of(bad), *RawText.HALF_A_PAIR)
         return parsed
 
-    def _candidates(self, field: str) -> tuple[values.Candidate, ...]:
-        """Texts, or objects with `text`, `id` or both; `passage_ids` next to them, or alone."""
-        items, ids = self.documents, self.passage_ids
+    def _candidates(self, field: str, step: Step) -> tuple[tuple[values.Candidate, ...], dict[int, str | int]]:
+        """Texts, or objects with fields, `id` or both; `passage_ids` next to them, or alone. And ids to echo, by index.
+
+        An `id` is a passage's where the request names a collection, or the object has none but our own fields.
+        """
+        items, ids, rank_fields = self.documents, self.passage_ids, self.rank_fields or ()
         if items is None and ids is None:
             raise InvalidRequest(field, "absent", "a list of texts, or passage_ids and a collection")
         items = [None] * len(ids or ()) if items is None else items
@@ -151,10 +202,21 @@ class RerankBody(Struct, kw_only=True):
             raise InvalidRequest(field, "empty", "at least one")
         if ids is not None and len(ids) != len(items):
             raise InvalidRequest("passage_ids", f"{len(ids)} of them", f"{len(items)}, one for each of {field}")
-        candidates = []
+        if len(rank_fields) > MAX_RANK_FIELDS:
+            raise InvalidRequest("rank_fields", f"{len(rank_fields)} of them", f"at most {MAX_RANK_FIELDS}")
+        candidates, foreign = [], dict[int, str | int]()
         for i, item in enumerate(items):
-            text, own_id = (item.joined, item.id) if isinstance(item, _DocumentObject) else (item, None)
-            passage_id = (ids[i] if ids else "") or own_id or ""
+            text, passage_id = (None, "") if isinstance(item, dict) else (item, "")
+            if isinstance(item, dict):
+                given, is_plain = item.get("id"), item.keys() <= _OWN.keys()
+                is_ours = self.owns_ids and bool(self.collection or (is_plain and not isinstance(given, int)))
+                if is_ours and given is not None:
+                    passage_id = str(read(Text, given, (field, i, "id")))
+                elif isinstance(given, (str, int)) and not isinstance(given, bool):
+                    foreign[i] = given if isinstance(given, int) else str(read(Text, given, (field, i, "id")))
+                if not (passage_id and self.collection and item.get("text") is None and not rank_fields):
+                    text = _text_of(item, rank_fields, (field, i), step)
+            passage_id = (ids[i] if ids else "") or passage_id
             if text is None and not passage_id:
                 if self.documents is None:
                     raise InvalidRequest((field, i), "", "the id of a passage")
@@ -164,7 +226,8 @@ class RerankBody(Struct, kw_only=True):
             if text is not None and not RawText.is_utf8(text):
                 text, problem = None, "the text is {}; expected {}".format(*RawText.HALF_A_PAIR)
             candidates.append(values.Candidate(str(passage_id) or None, None if text is None else str(text), problem))
-        return tuple(candidates)
+            step()
+        return tuple(candidates), foreign
 
 
 class _StageScore(Struct):
@@ -178,7 +241,7 @@ class Rank(Struct, kw_only=True):
     """One result; a dialect adds its score, and the text under its name."""
 
     index: Annotated[int, Meta(ge=0, description="Position in the request")]
-    id: Annotated[str | UnsetType, _about("Where the request gave one")] = UNSET
+    id: Annotated[str | int | UnsetType, _about("Where the request gave one")] = UNSET
     margin: Annotated[float | UnsetType, _about("With return_margins")] = UNSET
     compression_ratio: Annotated[int | UnsetType, _about("With return_margins: the ratio it was scored at")] = UNSET
     truncated: Annotated[bool | UnsetType, _about("With return_margins, where it was cut: true")] = UNSET
@@ -192,10 +255,15 @@ class Rank(Struct, kw_only=True):
 
 
 class Usage(Struct, kw_only=True):
-    """Tokens that were read."""
+    """Tokens that were read. None are generated."""
 
     prompt_tokens: Size | UnsetType = UNSET
+    completion_tokens: Size | UnsetType = UNSET
     total_tokens: Size
+
+    @classmethod
+    def of(cls, num_tokens: int) -> Self:
+        return cls(prompt_tokens=num_tokens, completion_tokens=0, total_tokens=num_tokens)
 
 
 R = TypeVar("R", bound=Rank)
@@ -213,6 +281,8 @@ class DialectRequest:
     reject_truncated: bool = False  # an error instead of the score of a cut text
     raw_scores: bool = False  # margins in place of scores
     positions: tuple[int, ...] = ()  # of the candidates in the body; empty: their indexes
+    foreign_ids: Mapping[int, str | int] = field(default_factory=dict)  # by index, of no passage here: echoed
+    documents: Sequence[Any] = ()  # as they were sent, where the dialect gives them back so
 
     @property
     def texts_alone(self) -> bool:
@@ -263,7 +333,7 @@ class DialectResponse:
 
     @property
     def usage(self) -> Usage:
-        return Usage(prompt_tokens=self.num_tokens, total_tokens=self.num_tokens)
+        return Usage.of(self.num_tokens)
 
     def warnings(self) -> list[str]:
         """One line per candidate that is not in the ranking, was not read, or was cut; those of the request first."""
@@ -282,11 +352,13 @@ class DialectResponse:
         lines += [f"{name(index)} is empty: it has the lowest score of all and was not read" for index in self.empty]
         return lines + [f"{name(index)} was cut: its score is that of a part" for index in self.cut]
 
-    def ranks(self, kind: type[R], score: str, text: str = "") -> list[R]:
-        """Results as the dialect's struct, with the names of its score and its text."""
+    def ranks(self, kind: type[R], score: str, text: str = "", **more: Any) -> list[R]:
+        """Results as the dialect's struct, with the names of its score and its text; `more` is the same in each."""
         ranks, parsed = [], self.parsed
         for result in self.scored:
-            fields: dict[str, Any] = {"index": parsed.position(result.index), "id": result.passage_id or UNSET}
+            given_id = result.passage_id or parsed.foreign_ids.get(result.index)
+            fields: dict[str, Any] = {"index": parsed.position(result.index)}
+            fields["id"] = UNSET if given_id is None else given_id
             fields[score] = result.margin if parsed.raw_scores else result.score
             if text and parsed.request.return_text:
                 fields[text] = result.text or UNSET
@@ -295,7 +367,7 @@ class DialectResponse:
                 fields["truncated"] = result.index in self.cut or UNSET
                 fields |= {"found_in": result.found_in or UNSET, "found_id": result.found_id or UNSET}
                 fields["stages"] = [_StageScore(**dataclasses.asdict(one)) for one in result.stages] or UNSET
-            ranks.append(kind(**fields))
+            ranks.append(kind(**fields, **more))
         return ranks
 
     @staticmethod

@@ -1,31 +1,35 @@
-"""The dialects of other rerankers: a body's struct makes requests for the engine, and packs the responses.
+"""The dialects of other rerankers: how each is told, and the shapes of those that several clients share.
 
-Everything but /score requests once per body. The paths of all dialects are here too.
+A body's struct makes requests for the engine, and packs the responses. The paths of all dialects are here too.
 """
 
 import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from decoder_server.edge.http import dialect_request as rerank
-from decoder_server.edge.http import names
-from decoder_server.edge.http.request import Count, Query, Schema, Switch, Text, Word, read
-from preread.errors import InvalidRequest
+from decoder_server.edge.http import names, pairs, vendors
+from decoder_server.edge.http.pairs import MAX_PAIRS as MAX_PAIRS
+from decoder_server.edge.http.request import Switch, Word
+from preread_edge.steps import Step
 
-# Clients disagree on the path, so each takes every dialect, which the fields of the body show.
+# The usual ones. Clients disagree on the path, so every other that ends in a word of these is served too.
 PATHS = (
     "/rerank", "/v1/rerank", "/v2/rerank", "/v1/v2/rerank", "/reranking", "/v1/reranking", "/rerankings",
     "/v1/rerankings", "/v1/ranking", "/v1/retrieval/{model:path}/reranking", "/score", "/v1/score",
 )  # fmt: skip
 
 DOCUMENTS_PER_SEARCH_UNIT = 100  # Cohere bills so; its clients read the number
-MAX_PAIRS = 1000  # as many as one query may have passages
 # Lists that are counted before any value is read; other fields count only where a dialect knows them.
-LISTS = ("documents", "texts", "passages", "input", "pairs", "text_1", "text_2", "passage_ids", "stages")
+LISTS = (
+    "documents", "texts", "passages", "input", "pairs", "text_1", "text_2", "data_1", "data_2", "queries", "items",
+    "passage_ids", "stages", "rank_fields",
+)  # fmt: skip
 
 RefuseLong = Annotated[rerank.Flag, Meta(description="false: reject a text that is too long")]
 
@@ -87,8 +91,33 @@ class _RerankRequest(rerank.RerankBody, kw_only=True):
 
 
 class _InfinityRequest(_RerankRequest, kw_only=True):
-    def requests(self) -> list[rerank.DialectRequest]:
-        return [self.request(raw_scores=bool(self.raw_scores))]
+    def requests(self, step: Step) -> list[rerank.DialectRequest]:
+        return [self.request(raw_scores=bool(self.raw_scores), step=step)]
+
+
+# LiteLLM sends one body for most of its providers, and reads `results` for some and `data` for the others.
+class _LitellmAnswer(_RerankAnswer, kw_only=True, tag_field="object", tag="rerank"):
+    data: Annotated[list[_RerankRank], Meta(description="The results again")]
+
+
+class _LitellmRequest(_RerankRequest, kw_only=True):
+    top_k: rerank.Top = None
+
+    def requests(self, step: Step) -> list[rerank.DialectRequest]:
+        return [self.request(top_k=self.top_k, step=step)]
+
+    @classmethod
+    def pack(cls, responses: Sequence[rerank.DialectResponse]) -> _RerankAnswer:
+        answer = super().pack(responses)
+        fields = {name: getattr(answer, name) for name in answer.__struct_fields__}
+        return _LitellmAnswer(data=answer.results, **fields)
+
+
+# Its infinity reads `document` as a string, its vLLM as an object, and with a key both send the same: neither gets one.
+class _LitellmPlainRequest(_RerankRequest, kw_only=True):
+    def requests(self, step: Step) -> list[rerank.DialectRequest]:
+        self.return_documents = None
+        return [self.request(step=step)]
 
 
 # Text Embeddings Inference: `texts` in, a flat list out, best first.
@@ -108,10 +137,10 @@ class _TeiRequest(rerank.RerankBody, kw_only=True):
     truncate: RefuseLong = None  # absent: cuts what is too long, as TEI does by default
     truncation_direction: _Direction | None = None
 
-    def requests(self) -> list[rerank.DialectRequest]:
+    def requests(self, step: Step) -> list[rerank.DialectRequest]:
         keep_end, reject = self.truncation_direction == "left", self.truncate == Switch(False)
-        raw_scores = bool(self.raw_scores)
-        return [self.request("texts", raw_scores=raw_scores, reject_truncated=reject, keep_end=keep_end)]
+        settings: dict[str, Any] = {"raw_scores": bool(self.raw_scores), "reject_truncated": reject}
+        return [self.request("texts", keep_end=keep_end, step=step, **settings)]
 
     @classmethod
     def pack(cls, responses: Sequence[rerank.DialectResponse]) -> list[_TeiRank]:
@@ -134,9 +163,11 @@ class _NimAnswer(Struct):
 class _NimRequest(rerank.RerankBody, kw_only=True):
     documents: rerank.Documents = field(name="passages", default=None)
     truncate: _Truncate | None = None
+    top_k: rerank.Top = None  # as LiteLLM sends it
 
-    def requests(self) -> list[rerank.DialectRequest]:
-        return [self.request("passages", raw_scores=True, reject_truncated=self.truncate == "none")]
+    def requests(self, step: Step) -> list[rerank.DialectRequest]:
+        reject = self.truncate == "none"
+        return [self.request("passages", top_k=self.top_k, raw_scores=True, reject_truncated=reject, step=step)]
 
     @classmethod
     def pack(cls, responses: Sequence[rerank.DialectResponse]) -> _NimAnswer:
@@ -159,8 +190,8 @@ class _VoyageRequest(rerank.RerankBody, kw_only=True):
     top_k: rerank.Top = None
     truncation: RefuseLong = None
 
-    def requests(self) -> list[rerank.DialectRequest]:
-        return [self.request(top_k=self.top_k, reject_truncated=self.truncation == Switch(False))]
+    def requests(self, step: Step) -> list[rerank.DialectRequest]:
+        return [self.request(top_k=self.top_k, reject_truncated=self.truncation == Switch(False), step=step)]
 
     @classmethod
     def pack(cls, responses: Sequence[rerank.DialectResponse]) -> _VoyageAnswer:
@@ -186,8 +217,8 @@ class _MixedbreadRequest(rerank.RerankBody, kw_only=True):
     top_k: rerank.Top = None
     return_documents: rerank.Flag = field(name="return_input", default=None)
 
-    def requests(self) -> list[rerank.DialectRequest]:
-        return [self.request("input", top_k=self.top_k)]
+    def requests(self, step: Step) -> list[rerank.DialectRequest]:
+        return [self.request("input", top_k=self.top_k, step=step)]
 
     @classmethod
     def pack(cls, responses: Sequence[rerank.DialectResponse]) -> _MixedbreadAnswer:
@@ -196,133 +227,117 @@ class _MixedbreadRequest(rerank.RerankBody, kw_only=True):
         return _MixedbreadAnswer(data=ranks, model=response.summary.model, usage=response.usage)
 
 
-# Scores of pairs, in their order: `text_1` and `text_2` as vLLM has them, or `pairs`. One request per distinct query.
-class _PairScore(rerank.Rank, kw_only=True, tag_field="object", tag="score"):
-    score: rerank.Score
-
-
-class _ScoreAnswer(Struct, kw_only=True, tag_field="object", tag="list"):
-    id: str
-    data: list[_PairScore]
-    model: str
-    usage: rerank.Usage
-
-
-class _ScoreRequest(Struct, kw_only=True):
-    model: Text | None = None
-    instruction: Text | None = None
-    compression_ratio: Count | None = None
-    return_margins: rerank.Flag = None
-    stages: Annotated[Any, Meta(description="Not taken: scores of different stages do not compare")] = None
-
-    def _of_pairs(self, name: str, pairs: Sequence[tuple[str, str]]) -> list[rerank.DialectRequest]:
-        if self.stages is not None:
-            raise InvalidRequest("stages", "given", "none here: scores of different stages do not compare")
-        if len(pairs) > MAX_PAIRS:
-            raise InvalidRequest(name, f"{len(pairs)} of them", f"at most {MAX_PAIRS}")
-        positions: dict[str, list[int]] = {}
-        for position, (query, _) in enumerate(pairs):
-            positions.setdefault(query, []).append(position)
-        shared: dict[str, Any] = {one: getattr(self, one) for one in _ScoreRequest.__struct_fields__}
-        requests = []
-        for query, own in positions.items():
-            documents: rerank.Documents = [pairs[position][1] for position in own]
-            body = rerank.RerankBody(query=Query(query), documents=documents, **shared)
-            requests.append(body.request(name, one_ratio=True, positions=tuple(own)))
-        return requests
-
-    @classmethod
-    def pack(cls, responses: Sequence[rerank.DialectResponse]) -> _ScoreAnswer:
-        scores = [score for response in responses for score in response.ranks(_PairScore, "score")]
-        num_tokens = sum(response.num_tokens for response in responses)
-        return _ScoreAnswer(
-            id=responses[0].request_id,
-            data=sorted(scores, key=lambda score: score.index),
-            model=responses[0].summary.model,
-            usage=rerank.Usage(prompt_tokens=num_tokens, total_tokens=num_tokens),
-        )
-
-
-class _Texts(list[str]):
-    """A list of strings, or one string that stands for a list of it."""
-
-    schema: ClassVar[Schema] = {"anyOf": [Text.schema, {"type": "array", "items": Text.schema}]}
-    is_one = False
-
-    @classmethod
-    def read(cls, value: object) -> Self:
-        texts = cls(read(list[Text], value) if isinstance(value, list) else [Text.read(value)])
-        texts.is_one = not isinstance(value, list)
-        return texts
-
-
-class _TextsRequest(_ScoreRequest, kw_only=True):
-    text_1: _Texts
-    text_2: _Texts
-
-    def requests(self) -> list[rerank.DialectRequest]:
-        for name, texts in (("text_1", self.text_1), ("text_2", self.text_2)):
-            if not texts:
-                raise InvalidRequest(name, "empty", "at least one")
-        queries, passages = list(self.text_1), self.text_2
-        if len(queries) == 1:
-            queries *= len(passages)
-        if len(queries) != len(passages):
-            expected = f"{len(queries)}, as many as text_1, or one text_1"
-            raise InvalidRequest("text_2", f"{len(passages)} texts", expected)
-        if "" in queries:
-            at = () if self.text_1.is_one else (queries.index(""),)
-            raise InvalidRequest(("text_1", *at), "", "a query that is not empty")
-        return self._of_pairs("text_2", list(zip(queries, passages, strict=True)))
-
-
-class _PairsRequest(_ScoreRequest, kw_only=True):
-    pairs: list[tuple[Text, Text]]
-
-    def requests(self) -> list[rerank.DialectRequest]:
-        if not self.pairs:
-            raise InvalidRequest("pairs", "empty", "at least one")
-        for i, (query, _) in enumerate(self.pairs):
-            if not query:
-                raise InvalidRequest(("pairs", i, 0), "", "a query that is not empty")
-        return self._of_pairs("pairs", self.pairs)
-
-
 # For /openapi.json.
 REQUESTS = (
-    _RerankRequest, _TeiRequest, _NimRequest, _VoyageRequest, _MixedbreadRequest,
-    ("ScoreRequest", _TextsRequest, _PairsRequest),
+    _RerankRequest, _LitellmRequest, _TeiRequest, _NimRequest, _VoyageRequest, _MixedbreadRequest,
+    vendors.PineconeRequest, vendors.SglangRequest, vendors.IsaacusRequest, vendors.WeaviateRequest,
+    ("ScoreRequest", pairs.TextsRequest, pairs.DataRequest, pairs.QueriesRequest, pairs.PairsRequest),
 )  # fmt: skip
 ANSWERS = (
-    _RerankAnswer, ("TeiAnswer", list[_TeiRank]), _NimAnswer, _VoyageAnswer, _MixedbreadAnswer, _ScoreAnswer,
+    _RerankAnswer, _LitellmAnswer, ("TeiAnswer", list[_TeiRank]), _NimAnswer, _VoyageAnswer, _MixedbreadAnswer,
+    vendors.PineconeAnswer, ("SglangAnswer", list[vendors.SglangRank]), vendors.IsaacusAnswer, vendors.WeaviateAnswer,
+    pairs.ScoreAnswer,
 )  # fmt: skip
 
-Dialect = rerank.RerankBody | _TextsRequest | _PairsRequest  # makes `requests`; its class packs the responses
-TEI: type[Dialect] = _TeiRequest
-# In front of any path: these clients get their dialect whatever the body looks like.
-PREFIXES: dict[str, type[Dialect]] = {"/tei": TEI, "/voyage": _VoyageRequest, "/infinity": _InfinityRequest}
-# Fields that show the dialect, the first match first: mixedbread shares top_k with Voyage.
-_MARKS: dict[str, type[Dialect]] = {
-    "texts": TEI, "passages": _NimRequest, "input": _MixedbreadRequest, "pairs": _PairsRequest,
-    "text_1": _TextsRequest, "truncation": _VoyageRequest,
+Score = pairs.TextsRequest | pairs.DataRequest | pairs.QueriesRequest | pairs.PairsRequest
+Dialect = rerank.RerankBody | Score  # makes `requests`; its class packs the responses
+AS_TEXT: tuple[type[Dialect], ...] = (_TeiRequest, vendors.WeaviateRequest)  # whose clients read `error` as a string
+
+# What --dialect may be, next to auto, and what stands in front of a path: /tei/rerank.
+DIALECTS: dict[str, type[Dialect]] = {
+    "cohere": _RerankRequest, "jina": _RerankRequest, "vllm": _RerankRequest, "tei": _TeiRequest, "nim": _NimRequest,
+    "voyage": _VoyageRequest, "mixedbread": _MixedbreadRequest, "infinity": _InfinityRequest,
+    "pinecone": vendors.PineconeRequest, "sglang": vendors.SglangRequest, "isaacus": vendors.IsaacusRequest,
+    "weaviate": vendors.WeaviateRequest,
 }  # fmt: skip
+PREFIXES: dict[str, type[Dialect]] = {f"/{name}": dialect for name, dialect in DIALECTS.items()}
 
 
-def pick(fields: Mapping[str, object], path: str = "") -> type[Dialect]:
-    """The dialect of a body: by the path's prefix, else by the body's fields."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sign:
+    """What shows a dialect; everything that is given must hold."""
+
+    dialect: type[Dialect]
+    path: str = ""  # a pattern of its end
+    headers: tuple[str, ...] = ()  # `name: how its value begins`, of each
+    fields: tuple[str, ...] = ()  # of the body: one of them is not null
+    without: tuple[str, ...] = ()  # these are
+
+
+_LITELLM = "user-agent: litellm/"
+_NO_KEY, _NO_VLLM_KEY = "authorization: bearer none", "authorization: bearer fake-api-key"  # what it sends for none
+_PLAIN = "(?<!v[12])/rerank"  # without a version: infinity or vLLM
+
+# Where neither a prefix nor --dialect says it, the first sign that holds. Where none does it is Cohere's dialect, which
+# is Jina's, vLLM's, llama.cpp's and infinity's too.
+_SIGNS = (
+    # The path, of clients that have it to themselves.
+    _Sign(dialect=vendors.IsaacusRequest, path="/rerankings", fields=("texts",)),
+    # Headers, of clients that send a body like others'.
+    _Sign(dialect=vendors.PineconeRequest, headers=("x-pinecone-api-version: ",)),
+    _Sign(dialect=_VoyageRequest, headers=("x-fern-sdk-name: voyageai",)),
+    _Sign(dialect=vendors.IsaacusRequest, headers=("user-agent: isaacus/",)),
+    _Sign(dialect=_InfinityRequest, headers=(_LITELLM, _NO_KEY), path=_PLAIN, fields=("documents",)),
+    _Sign(dialect=_RerankRequest, headers=(_LITELLM, _NO_VLLM_KEY), path=_PLAIN, fields=("documents",)),
+    _Sign(dialect=_LitellmPlainRequest, headers=(_LITELLM,), path=_PLAIN, fields=("documents",)),
+    _Sign(dialect=_LitellmRequest, headers=(_LITELLM,), fields=("documents",)),
+    # The body.
+    _Sign(dialect=vendors.IsaacusRequest, fields=("is_iql", "scoring_method", "chunking_options")),
+    _Sign(dialect=_TeiRequest, fields=("texts",)),
+    _Sign(dialect=_NimRequest, fields=("passages",)),
+    _Sign(dialect=_MixedbreadRequest, fields=("input",)),  # it shares top_k with Voyage
+    _Sign(dialect=pairs.PairsRequest, fields=("pairs",)),
+    _Sign(dialect=pairs.TextsRequest, fields=("text_1",)),
+    _Sign(dialect=pairs.DataRequest, fields=("data_1",)),
+    _Sign(dialect=pairs.QueriesRequest, fields=("queries",), without=("query",)),
+    _Sign(dialect=vendors.SglangRequest, fields=("instruct",)),
+    _Sign(dialect=vendors.WeaviateRequest, fields=("property",)),
+    _Sign(dialect=_VoyageRequest, fields=("truncation",)),
+    _Sign(dialect=_VoyageRequest, fields=("top_k",), without=("top_n",)),
+)
+
+
+def without_prefix(path: str) -> str:
+    """The path behind a dialect's prefix, or as it is."""
+    first, slash, rest = path[1:].partition("/")
+    return f"/{rest}" if slash and first in DIALECTS else path
+
+
+def _begins(headers: Mapping[str, str], name: str, begin: str) -> bool:
+    return name in headers and headers[name].lower().startswith(begin)
+
+
+def pick(
+    fields: Mapping[str, object], path: str = "", headers: Mapping[str, str] | None = None, fixed: str = "auto"
+) -> type[Dialect]:
+    """The dialect of a body: by the path's prefix, else `fixed`, --dialect's name, else by its signs.
+
+    Pairs for /score are no dialect's: --dialect does not change them, nor do the prefixes of servers that score pairs.
+    """
     has = {name for name, value in fields.items() if value is not None}
-    found = [dialect for prefix, dialect in PREFIXES.items() if path.startswith(prefix + "/")]
-    found += [dialect for mark, dialect in _MARKS.items() if mark in has]
-    return next(iter(found), _VoyageRequest if "top_k" in has and "top_n" not in has else _RerankRequest)
+    prefix = path[1:].partition("/")[0] if without_prefix(path) != path else ""
+
+    def holds(sign: _Sign) -> bool:
+        return (
+            (not sign.path or re.search(f"{sign.path}$", path) is not None)
+            and all(_begins(headers or {}, *header.split(": ")) for header in sign.headers)
+            and (not sign.fields or not has.isdisjoint(sign.fields))
+            and has.isdisjoint(sign.without)
+        )
+
+    told = next((sign.dialect for sign in _SIGNS if holds(sign)), _RerankRequest)
+    if issubclass(told, Score) and DIALECTS.get(prefix, _RerankRequest) is _RerankRequest:
+        return told
+    return DIALECTS.get(prefix) or DIALECTS.get(fixed) or told  # "auto" is none of them
 
 
-_BODIES: tuple[type[Dialect], ...] = (*_MARKS.values(), _RerankRequest)
+_BODIES: tuple[type[Dialect], ...] = (*dict.fromkeys(sign.dialect for sign in _SIGNS), _RerankRequest)
 # A field of one dialect is no misspelling in another, which ignores it.
 _FIELDS = dict.fromkeys(name for dialect in _BODIES for name in names.fields_of(dialect)).keys()
 
 
 def check_names(body: Mapping[str, Any], dialect: type[Dialect]) -> None:
-    """Raises InvalidRequest for a near miss of a field of any dialect: a mark, misspelled, shows another dialect."""
+    """Raises InvalidRequest for a near miss of a field of any dialect: a sign, misspelled, shows another dialect."""
     if not body.keys() <= _FIELDS:
         names.check(body, _FIELDS, (*names.fields_of(dialect), *_FIELDS))
 
@@ -331,10 +346,10 @@ def check_names(body: Mapping[str, Any], dialect: type[Dialect]) -> None:
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}:,]', re.DOTALL)
 
 
-def guess(data: bytes) -> type[Dialect]:
-    """The dialect of a body by its beginning, or by all of it where it is no JSON: as far as its fields can be seen."""
+def fields_seen(data: bytes) -> dict[str, object]:
+    """Names of a body's fields by its beginning, or by all of it where it is no JSON: as far as they can be seen."""
     depth, last = 0, b""
-    marks: dict[str, object] = {}
+    found: dict[str, object] = {}
     for match in _TOKEN.finditer(data):
         token = match[0]
         if token in (b"{", b"["):
@@ -342,6 +357,6 @@ def guess(data: bytes) -> type[Dialect]:
         elif token in (b"}", b"]"):
             depth -= 1
         elif token == b":" and depth == 1:
-            marks[last[1:-1].decode(errors="replace")] = True
+            found[last[1:-1].decode(errors="replace")] = True
         last = token
-    return pick(marks)
+    return found

@@ -1,15 +1,15 @@
 """Endpoints about the server: models, limits, health, metrics, the API; and the page at / with /v1/explain behind it.
 
-Each answers in the words of the clients that read it: OpenAI's, TEI's and infinity's.
+Each answers in the words of the clients that read it: OpenAI's, TEI's, infinity's, NIM's and Weaviate's.
 """
 
 import asyncio
 import dataclasses
 import time
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,9 +23,17 @@ from decoder_server.engine.engine import Engine
 from decoder_server.engine.explain import MAX_CANDIDATES, explain
 from preread.errors import InvalidRequest, Unavailable
 
-# Paths of probes, with their operationIds: ours, and those that Kubernetes has made usual.
-LIVE = {"/health": "live", "/healthz": "healthz", "/livez": "livez"}
-READY = {"/health/ready": "ready", "/readyz": "readyz"}
+# Paths of probes, with their operationIds: ours, those that Kubernetes has made usual, NIM's and Weaviate's.
+LIVE = {
+    "/health": "live", "/healthz": "healthz", "/livez": "livez", "/v1/health/live": "nimLive",
+    "/.well-known/live": "wellKnownLive",
+}  # fmt: skip
+READY = {
+    "/health/ready": "ready", "/readyz": "readyz", "/v1/health/ready": "nimReady",
+    "/.well-known/ready": "wellKnownReady",
+}  # fmt: skip
+# Paths that say what is served; /meta is Weaviate's.
+DESCRIPTIONS = ("/v1/models", "/v1/models/{model:path}", "/models", "/info", "/meta")
 _IS_READY = "Ready: loaded, and every encoder has answered"
 CREATED = 1735689600  # the list of models has to have a date; 2025-01-01
 
@@ -88,18 +96,24 @@ class _Info(_Facts, kw_only=True):
 class _State(Struct, kw_only=True):
     status: str
     degraded: str | UnsetType = UNSET
+    object: Annotated[str | UnsetType, Meta(description="On NIM's paths: health.response")] = UNSET
+    message: Annotated[str | UnsetType, Meta(description="On NIM's paths")] = UNSET
 
 
-async def _list_models(request: HttpRequest) -> Response:
+def _model(request: HttpRequest, engine: Engine) -> _ModelObject:
     path = request.url.path
     # infinity's client reads /models, and rejects any other owner.
     owner = "infinity" if path == "/models" or path.startswith("/infinity/") else "preread"
-    models = []
-    for engine in request.context.engines.values():
-        stats = {"num_requests": engine.admission.num_requests, "num_refused": engine.admission.num_rejected}
-        named = _ModelObject(id=engine.name, owned_by=owner, capabilities=["rerank"], stats=stats, **_facts(engine))
-        models.append(named)
-    return await respond(_Models(data=models))
+    stats = {"num_requests": engine.admission.num_requests, "num_refused": engine.admission.num_rejected}
+    return _ModelObject(id=engine.name, owned_by=owner, capabilities=["rerank"], stats=stats, **_facts(engine))
+
+
+async def _list_models(request: HttpRequest) -> Response:
+    return await respond(_Models(data=[_model(request, engine) for engine in request.context.engines.values()]))
+
+
+async def _get_model(request: HttpRequest) -> Response:
+    return await respond(_model(request, request.context.engine(request.path_params["model"])))
 
 
 async def _info(request: HttpRequest) -> Response:
@@ -110,7 +124,7 @@ async def _info(request: HttpRequest) -> Response:
 
 
 async def _live(request: HttpRequest) -> Response:
-    return await respond(_State(status="ok"))
+    return await respond(_state(request, "live") or _State(status="ok"))
 
 
 async def _ready(request: HttpRequest) -> Response:
@@ -118,7 +132,16 @@ async def _ready(request: HttpRequest) -> Response:
     here = request.context
     if problem := "the server is stopping" if here.draining else here.readiness.problem:
         raise Unavailable(f"not ready: {problem}")
-    return await respond(_State(status="ready", degraded=here.readiness.degraded or UNSET))
+    state = _state(request, "ready") or _State(status="ready")
+    state.degraded = here.readiness.degraded or UNSET
+    return await respond(state)
+
+
+def _state(request: HttpRequest, status: str) -> _State | None:
+    """The response of NIM, on a path of NIM."""
+    if "/v1/health/" not in request.url.path:
+        return None
+    return _State(status=status, object="health.response", message=f"Service is {status}.")
 
 
 async def _metrics(request: HttpRequest) -> Response:
@@ -171,7 +194,9 @@ def _facts(engine: Engine) -> dict[str, Any]:
 OPERATIONS = (
     Operation("GET", "/v1/models", _list_models, "Models served", answers=(_Models,)),
     Operation("GET", "/models", _list_models, "Models served", "listModelsShort", answers=(_Models,)),
+    Operation("GET", "/v1/models/{model:path}", _get_model, "One model", answers=(_ModelObject,)),
     Operation("GET", "/info", _info, "The first model and the limits", answers=(_Info,)),
+    Operation("GET", "/meta", _info, "The first model and the limits", "meta", answers=(_Info,)),
     *(Operation("GET", path, _live, "The process answers", name, answers=(_State,)) for path, name in LIVE.items()),
     *(Operation("GET", path, _ready, _IS_READY, name, answers=(_State,)) for path, name in READY.items()),
     Operation("GET", "/metrics", _metrics, "Prometheus metrics"),

@@ -38,7 +38,7 @@ _RERANK_HEADERS = {
     "x-preread-empty": "Positions of the empty documents, which have the lowest score: 0,3; at most 500, then ...",
 }
 _TAGS = {
-    "rerank": "Every reranking path takes every dialect: the fields of the body tell which one it is.",
+    "rerank": "Every reranking path takes every dialect: path, headers and the body's fields tell which one it is.",
     "collections": "Passages that are encoded once and ranked by id afterwards.",
     "server": "Models, limits and health.",
 }
@@ -80,8 +80,9 @@ def document(operations: Iterable[Operation], prefixes: Iterable[str]) -> Schema
             "version": VERSION,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             "description": "Reranking from cached token states, in the dialects of Cohere, Jina, vLLM, llama.cpp, "
-            "infinity, TEI, NIM, Voyage and mixedbread. Reranking paths also exist behind the prefixes "
-            f"{', '.join(prefixes)}, which force that dialect. Null is absent. "
+            "infinity, TEI, NIM, Voyage, mixedbread, Pinecone, SGLang, isaacus, Weaviate and LiteLLM. Any other path "
+            "that ends in a rerank word is served too. Reranking paths also exist behind the prefixes "
+            f"{', '.join(prefixes)}, which force that dialect. Null is absent. Bodies may be gzip. "
             "Unknown fields of a reranking body are ignored, unless they are near misses of known ones.",
         },
         "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
