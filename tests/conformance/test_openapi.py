@@ -16,6 +16,13 @@ BODIES = [
     ("Voyage", "/v1/rerank", {"query": "q", "documents": TEXTS, "top_k": 1, "truncation": True}),
     ("Mixedbread", "/v1/reranking", {"query": "q", "input": TEXTS, "return_input": True}),
     ("Score", "/score", {"text_1": "q", "text_2": TEXTS}),
+    ("Score", "/score", {"queries": ["q", "r"], "items": TEXTS}),
+    ("Score", "/score", {"data_1": "q", "data_2": TEXTS}),
+    ("Rerank", "/v1/rerank", {"query": "q", "documents": [{"id": 7, "a": "b"}], "rank_fields": ["a"]}),
+    ("Pinecone", "/pinecone/rerank", {"query": "q", "documents": [{"text": "a", "n": [1]}], "return_documents": True}),
+    ("Sglang", "/sglang/rerank", {"query": "q", "documents": TEXTS, "instruct": "Find"}),
+    ("Isaacus", "/v1/rerankings", {"query": "q", "texts": TEXTS, "is_iql": False}),
+    ("Weaviate", "/rerank", {"query": "q", "documents": [*TEXTS, ""], "property": ""}),
 ]
 
 
