@@ -29,6 +29,7 @@ TOLD: dict[str, tuple[str, dict[str, str], dict[str, Any], str]] = {
     "isaacus, by a field": ("/rerank", {}, {"documents": None, "texts": ["a"], "is_iql": False}, "isaacus"),
     "tei": ("/rerank", {}, {"documents": None, "texts": ["a", "b"]}, "tei"),
     "sglang, by instruct": ("/v1/rerank", {}, {"instruct": "Find passages"}, "sglang"),
+    "DashScope, by its path": ("/compatible-api/v1/reranks", {}, {"instruct": "Find passages"}, "cohere"),
     "weaviate, by property": ("/rerank", {}, {"property": ""}, "weaviate"),
     "litellm, by its header": ("/v1/rerank", LITELLM, {}, "litellm"),
     "litellm for infinity or vLLM": ("/rerank", LITELLM, {}, "cohere"),

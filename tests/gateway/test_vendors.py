@@ -96,6 +96,8 @@ def test_sglang(running, ranking, query, documents):
     ]
     assert all(set(one) == {"index", "score", "document", "meta_info"} for one in answer)
     assert [(one["index"], one["score"]) for one in told] == [(r["index"], r["relevance_score"]) for r in plain]
+    dashscope = running.ask("/compatible-api/v1/reranks", instruct="Find the answer")["results"]
+    assert dashscope == plain
     short = {"query": query, "documents": documents, "return_documents": False, "top_n": 2}
     assert [set(one) for one in running.post("/sglang/rerank", short).json()] == [{"index", "score", "meta_info"}] * 2
 

@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 from decoder_server.edge.http import dialect_request as rerank
 from decoder_server.edge.http import names, pairs, vendors
 from decoder_server.edge.http.pairs import MAX_PAIRS as MAX_PAIRS
-from decoder_server.edge.http.request import Switch, Word
+from decoder_server.edge.http.request import Switch, Text, Word
 from preread_edge.steps import Step
 
 # The usual ones. Clients disagree on the path, so every other that ends in a word of these is served too.
@@ -65,7 +65,13 @@ class _RerankAnswer(Struct, kw_only=True, tag_field="object", tag="rerank"):
 
 
 class _RerankRequest(rerank.RerankBody, kw_only=True):
+    instruct: Annotated[Text | None, Meta(description="What instruction is elsewhere")] = None
     raw_scores: Annotated[rerank.Flag, Meta(description="Behind /infinity: margins in place of scores")] = None
+
+    def requests(self, step: Step) -> list[rerank.DialectRequest]:
+        if self.instruction is None:
+            self.instruction = self.instruct
+        return super().requests(step)
 
     @classmethod
     def pack(cls, responses: Sequence[rerank.DialectResponse]) -> _RerankAnswer:
@@ -273,6 +279,7 @@ _PLAIN = "(?<!v[12])/rerank"  # without a version: infinity or vLLM
 _SIGNS = (
     # The path, of clients that have it to themselves.
     _Sign(dialect=vendors.IsaacusRequest, path="/rerankings", fields=("texts",)),
+    _Sign(dialect=_RerankRequest, path="/reranks", fields=("instruct",)),  # DashScope, which has it as SGLang does
     # Headers, of clients that send a body like others'.
     _Sign(dialect=vendors.PineconeRequest, headers=("x-pinecone-api-version: ",)),
     _Sign(dialect=_VoyageRequest, headers=("x-fern-sdk-name: voyageai",)),
