@@ -228,6 +228,12 @@ class Collection:
     def scan(self) -> Iterator[tuple[str, PassageStates | Damaged]]:
         return ((passage_id, states) for passage_id, _, states in self._scan())
 
+    def scan_texts(self) -> Iterator[tuple[str, str | None]]:
+        """Every whole passage's id and stored text, in no particular order; decodes no states."""
+        for passage_id, record in self.store.scan(self.storage_name):
+            if isinstance(record, Record) and record.header.binding == self._binding:
+                yield passage_id, record.text
+
     def verify(self) -> Iterator[tuple[str, int, str]]:
         """Read and decode every passage: its id, the version of its record (0 where damaged), its damage or ""."""
         for passage_id, record, states in self._scan():

@@ -116,6 +116,12 @@ class HttpConfig(ListenConfig):
         64 * MIB, "Largest HTTP request body; NDJSON uploads are read line by line and may be longer.", at_least=1
     )
     max_line_bytes: int = knob(16 * MIB, "Longest line of an NDJSON upload.", at_least=1)
+    max_search_bytes: int = knob(
+        128 * MIB,
+        "Memory for the indexes of collections that are searched by words over HTTP; building one takes up to four "
+        "times its size. 0: no search.",
+        flag="--search-cache-bytes", at_least=0,
+    )  # fmt: skip
     timeout_seconds: float = knob(
         120.0, "Longest time an HTTP reranking request may take.", flag="--http-timeout-seconds", above=0
     )

@@ -24,6 +24,7 @@ from decoder_server.edge.http.request import Context, Problem
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.lifecycle import Observer
 from decoder_server.engine.on_demand import MAX_ANSWER_BYTES, EncoderClient, OnDemandStates, call_metadata
+from decoder_server.engine.word_search import WordSearch
 from decoder_server.models.backend import Backend
 from decoder_server.models.loading import load_model
 from decoder_server.readiness import Readiness
@@ -165,9 +166,9 @@ class Gateway:
             retry = RetryPolicy(budget_seconds=1.0)  # the caller over HTTP is told soon, and when to come back
             options = ClientOptions(timeout_seconds=None, tls=grpc_config.encoder_tls, metadata=metadata, retry=retry)
             worker = AsyncClient(writer.encoder_address, encoder_address=writer.encoder_address, options=options)
-        self.context = Context(
-            config, server.engines, server.store, server.metrics.registry, server.readiness, server.threads, worker
-        )
+        self._word_search = WordSearch(server.store, server.threads, config.max_search_bytes)
+        shared = server.engines, server.store, server.metrics.registry, server.readiness, server.threads
+        self.context = Context(config, *shared, worker, self._word_search)
         guard = Guard(config.allowed_hosts, config.allowed_origins, any_host=bool(server.keys.keys))
         self._uvicorn = listener.make_server(
             build(self.context, server.keys, guard, server.metrics.http),
@@ -200,5 +201,6 @@ class Gateway:
             self._uvicorn.should_exit = True
             await self._serving
             self._serving = None
+        await self._word_search.close()
         if self.context.worker is not None:
             await self.context.worker.close()

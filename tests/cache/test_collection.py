@@ -160,6 +160,7 @@ def test_texts_are_kept_only_where_the_manifest_says_so(store, make_manifest):
         collection = Collection.create(store, make_manifest(name, stores_text=stores_text))
         collection.put_many([make_passage("p")])
         assert collection.get_texts(["p", "absent"]) == ["text of p" if stores_text else None, None]
+        assert [*collection.scan_texts()] == [("p", "text of p" if stores_text else None)]
 
 
 def test_digests_tell_what_changed(collection):
@@ -248,6 +249,7 @@ def test_states_of_a_recreated_collection_are_not_taken_for_the_old_ones(store, 
     assert isinstance(found, Damaged)
     assert "another manifest" in found.reason
     assert collection.digests(["p"]) == [None]
+    assert not [*collection.scan_texts()]
     assert rebuilt.get_many(["p"])[0].num_states == 3
 
 
@@ -264,6 +266,7 @@ def test_verify_reads_everything_and_names_the_damaged(backend, collection):
     assert "checksum" in damaged["p3"]
     assert "is missing" in damaged["p7"]
     assert sum(not isinstance(states, Damaged) for _, states in fresh.scan()) == 18
+    assert len([*fresh.scan_texts()]) == 18
 
 
 def test_a_manifest_survives_json_and_nothing_else_does(make_manifest):

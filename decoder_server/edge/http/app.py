@@ -132,6 +132,8 @@ def _scopes_of(method: str, path: str) -> tuple[access.Scope, ...]:
         if re.fullmatch("/v1/collections/[^/]+/passages", path):  # ids, as over gRPC; an index key reads counts
             return (access.Scope.RERANK,)
         return () if path in _OPEN else (access.Scope.RERANK, access.Scope.INDEX)
+    if method == "POST" and re.fullmatch("/v1/collections/[^/]+/search", path):
+        return (access.Scope.RERANK,)
     if method == "POST" and path.startswith("/v1/collections/"):
         return (access.Scope.INDEX,)
     return (access.Scope.RERANK,) if method == "POST" else (access.Scope.ADMIN,)

@@ -22,6 +22,7 @@ from decoder_server.edge.http.json_steps import parse
 from decoder_server.edge.http.openapi import JSON, Operation
 from decoder_server.edge.http.request import EXPECTED, Count, HttpRequest, Problem, RawText, Text, read, respond
 from decoder_server.engine.collections import MAX_PAGE_SIZE, PAGE_SIZE, list_ids
+from decoder_server.engine.word_search import MAX_RESULTS
 from preread import Passage, UpsertResult
 from preread.errors import InvalidRequest, Path
 from preread.values import CollectionInfo, join_title
@@ -29,6 +30,7 @@ from preread_edge.access import permits, require
 from preread_edge.steps import Pauses, Step, stepped
 
 NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")
+NUM_RESULTS = 10  # of a search that says nothing else
 IDS_AT_ONCE = 1000  # of one call of the worker
 MAX_DIGITS = 20  # of a count, whose greatest has fewer
 MAX_REFUSED_SHOWN = 1000  # the response to an endless stream is not endless
@@ -133,6 +135,23 @@ class _PassageIds(Struct, kw_only=True, tag_field="object", tag="list"):
 class _PageSettings(Struct, kw_only=True):
     page_size: Count | None = None
     page_token: Text | None = None
+
+
+class _SearchRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    query: Text
+    top_n: Annotated[Count | None, Meta(description=f"At most {MAX_RESULTS}; 0 or absent: {NUM_RESULTS}")] = None
+
+
+class _FoundPassage(Struct, kw_only=True):
+    id: str
+    score: Annotated[float, Meta(description="BM25: greater is better; of one collection and query")]
+
+
+class _FoundPassages(Struct, kw_only=True, tag_field="object", tag="list"):
+    """Passages that share a word with the query, best first."""
+
+    collection: str
+    data: list[_FoundPassage]
 
 
 class _AliasRow(Struct, kw_only=True):
@@ -240,6 +259,22 @@ async def _list_passages(request: HttpRequest) -> Response:
     ids, token = await asyncio.to_thread(list_ids, *where, str(page.page_token or ""))
     passages = _PassageIds(data=[_PassageId(id=one) for one in ids], next_page_token=token)
     return await respond(passages, is_large=True)
+
+
+async def _search(request: HttpRequest) -> Response:
+    """Passages of a collection by the words of a query: BM25 over its stored texts."""
+    until, name = request.deadline(), check_name("collection", request.path_params["collection"])
+    body = read(_SearchRequest, await request.read_json(until))
+    top_n, limits = int(body.top_n or NUM_RESULTS), request.context.engine("").limits
+    if top_n > MAX_RESULTS:
+        raise InvalidRequest("top_n", top_n, f"0..{MAX_RESULTS}")
+    if not body.query.strip():
+        raise InvalidRequest("query", str(body.query), "words to search for")
+    if (num_bytes := len(body.query.encode())) > limits.max_query_bytes:
+        raise InvalidRequest("query", f"{num_bytes} bytes", f"at most {limits.max_query_bytes}")
+    found = await request.while_connected(request.context.word_search.search(name, str(body.query), top_n, until))
+    passages = [_FoundPassage(id=one.passage_id, score=one.score) for one in found]
+    return await respond(_FoundPassages(collection=name, data=passages), is_large=True)
 
 
 async def _list_aliases(request: HttpRequest) -> Response:
@@ -371,6 +406,10 @@ _operation = partial(Operation, tag="collections", query={})
 OPERATIONS = (
     _operation("GET", "/v1/collections", _list_collections, "Every collection of the store", answers=(_Collections,)),
     _operation("GET", _COLLECTION, _get_collection, "One collection, by name or alias", answers=(_Collection,)),
+    _operation(
+        "POST", f"{_COLLECTION}/search", _search, "Find passages by words: BM25 over the stored texts",
+        "searchCollection", answers=(_FoundPassages,), bodies={JSON: (_SearchRequest,)},
+    ),
     _operation(
         "GET", _PASSAGES, _list_passages, "Ids of the passages, page by page", answers=(_PassageIds,), query=_PAGE
     ),

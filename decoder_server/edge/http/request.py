@@ -27,6 +27,7 @@ from decoder_server.config import DEFAULT_NAMES, HttpConfig
 from decoder_server.edge.http import names
 from decoder_server.edge.http.json_steps import ENCODER, parse, render_in_steps
 from decoder_server.engine.engine import Engine, choose
+from decoder_server.engine.word_search import WordSearch
 from decoder_server.readiness import Readiness
 from preread import AsyncClient, errors
 from preread.errors import InvalidRequest, Path, Unavailable
@@ -180,6 +181,7 @@ class Context:
     readiness: Readiness
     threads: Executor  # for blocking work: the store, a tokenizer
     worker: AsyncClient | None  # None: no encoder worker is configured
+    word_search: WordSearch
     draining: bool = False
 
     def engine(self, name: str) -> Engine:
