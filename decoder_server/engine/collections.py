@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 PAGE_SIZE, MAX_PAGE_SIZE = 1000, 5000  # of ids; so many, of 512 bytes each, fit the 4 MiB that gRPC clients receive
 
 
+THROWAWAY = "throwaway-"  # begins the names of collections that the page at / makes, and anyone may drop who may write
+
+
 @dataclass(frozen=True, slots=True)
 class StoredCollection:
     """One collection of a store, as it is listed."""
@@ -63,6 +66,20 @@ def list_ids(store: Store, name: str, page_size: int, page_token: str) -> tuple[
         raise InvalidRequest("page_token", page_token, expected) from exc
     except errors.CacheError as exc:
         raise Unavailable(f"the store could not be read: {exc}") from exc
+
+
+def drop_throwaway(store: Store, name: str) -> int:
+    """Removes a throw-away collection and returns how many passages it had. Blocks on the store.
+
+    Raises InvalidRequest for any other name, and the store's errors: CollectionNotFound, CollectionInUse by an alias.
+    """
+    if not check_name("collection", name).startswith(THROWAWAY):
+        expected = f"a name that begins with {THROWAWAY}; `preread collection drop` removes others"
+        raise InvalidRequest("collection", name, expected)
+    manifest = store.read_manifest(name)
+    num_passages = store.stats(manifest.storage_name).num_passages if manifest is not None else 0
+    store.drop_collection(name)
+    return num_passages
 
 
 class Catalogue:

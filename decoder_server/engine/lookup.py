@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cache.collection import Collection
 from cache.errors import CacheError
 from cache.record import check_name
-from decoder_server.engine.collections import Catalogue
+from decoder_server.engine.collections import THROWAWAY, Catalogue
 from preread.errors import NotFound, PrereadError
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,9 @@ class Lookup:
 
     def _look(self) -> list[LookedUp]:
         store, found = self._catalogue.store, dict[str, Collection]()
-        names = self._names if self._names is not None else store.list_collections()
+        # Not in throw-away collections: an upload from the page must not change the scores of other callers.
+        every = (name for name in store.list_collections() if not name.startswith(THROWAWAY))
+        names = self._names if self._names is not None else every
         last = [self._write_through] if self._write_through and self._write_through not in (self._names or ()) else []
         for name in (*names, *last):
             if self._names is None and len(found) == MAX_LOOKUPS and name not in last:

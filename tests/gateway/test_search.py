@@ -1,4 +1,4 @@
-"""Search by words over HTTP."""
+"""Search by words and throw-away collections over HTTP: what the page at / calls."""
 
 from __future__ import annotations
 
@@ -89,6 +89,40 @@ def test_searching_needs_the_scope_of_ranking_and_a_collection_of_the_key(run):
                 for name in ("docs", "secret")
             ]
     assert statuses == {"": [401, 401], "index": [403, 403], "reran": [200, 200], "bound": [200, 403]}
+
+
+def test_a_throw_away_collection_is_dropped_by_those_who_may_write_and_no_other_is(run):
+    keys = ApiKeys.parse(["rerank:rerank-key-0123456789", "index:index-key-01234567890", "admin-key-0123456789"])
+    with run(keys=keys) as guarded:
+        guarded.http.headers["api-key"] = "index-key-01234567890"
+        store(guarded, "throwaway-1")
+        store(guarded, "kept")
+        url = "/v1/collections/throwaway-1"
+        for key in ("rerank-key-0123456789", ""):
+            assert guarded.http.delete(url, headers={"api-key": key}).status_code in (401, 403)
+        answers = [guarded.http.delete(one) for one in ("/v1/collections/kept", url, url)]
+        assert [one.status_code for one in answers] == [400, 200, 404]
+        expected = "a name that begins with throwaway-; `preread collection drop` removes others"
+        assert answers[0].json()["message"] == f"collection is 'kept'; expected {expected}"
+        assert answers[1].json() == {"object": "collection.dropped", "collection": "throwaway-1", "num_passages": 3}
+        left = guarded.http.get("/v1/collections").json()["data"]
+        assert [one["id"] for one in left] == ["kept"]
+
+
+def test_one_that_an_alias_points_at_stays(running):
+    store(running, "throwaway-used")
+    running.http.put("/v1/aliases/used", json={"collection": "throwaway-used"}).raise_for_status()
+    refused = running.http.delete("/v1/collections/throwaway-used")
+    assert refused.status_code == 400
+    assert "is in use by the aliases ['used']" in refused.json()["message"]
+
+
+def test_texts_are_not_looked_up_in_a_throw_away_collection(run, documents):
+    with run() as one:
+        store(one, "throwaway-1", {"d0": documents[0]}, compression_ratio=8)
+        answer = one.post("/v1/rerank", {"query": "q", "documents": documents})
+        assert answer.headers.get("x-preread-lookup", "") == ""
+        assert answer.headers["x-preread-read"] == "4"  # the model's default
 
 
 def test_redis_is_searched_too(run, tmp_path):

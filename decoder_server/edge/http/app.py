@@ -136,6 +136,8 @@ def _scopes_of(method: str, path: str) -> tuple[access.Scope, ...]:
         return (access.Scope.RERANK,)
     if method == "POST" and path.startswith("/v1/collections/"):
         return (access.Scope.INDEX,)
+    if method == "DELETE" and re.fullmatch("/v1/collections/[^/]+", path):
+        return (access.Scope.INDEX,)  # a throw-away one, which such a key can make
     return (access.Scope.RERANK,) if method == "POST" else (access.Scope.ADMIN,)
 
 

@@ -21,7 +21,7 @@ from decoder_server.edge.http.dialect_request import Size
 from decoder_server.edge.http.json_steps import parse
 from decoder_server.edge.http.openapi import JSON, Operation
 from decoder_server.edge.http.request import EXPECTED, Count, HttpRequest, Problem, RawText, Text, read, respond
-from decoder_server.engine.collections import MAX_PAGE_SIZE, PAGE_SIZE, list_ids
+from decoder_server.engine.collections import MAX_PAGE_SIZE, PAGE_SIZE, drop_throwaway, list_ids
 from decoder_server.engine.word_search import MAX_RESULTS
 from preread import Passage, UpsertResult
 from preread.errors import InvalidRequest, Path
@@ -154,6 +154,11 @@ class _FoundPassages(Struct, kw_only=True, tag_field="object", tag="list"):
     data: list[_FoundPassage]
 
 
+class _CollectionDropped(Struct, kw_only=True, tag_field="object", tag="collection.dropped"):
+    collection: str
+    num_passages: Size
+
+
 class _AliasRow(Struct, kw_only=True):
     alias: str
     collection: str
@@ -275,6 +280,12 @@ async def _search(request: HttpRequest) -> Response:
     found = await request.while_connected(request.context.word_search.search(name, str(body.query), top_n, until))
     passages = [_FoundPassage(id=one.passage_id, score=one.score) for one in found]
     return await respond(_FoundPassages(collection=name, data=passages), is_large=True)
+
+
+async def _drop_collection(request: HttpRequest) -> Response:
+    name = request.path_params["collection"]
+    num_passages = await asyncio.to_thread(drop_throwaway, request.context.store, name)
+    return await respond(_CollectionDropped(collection=name, num_passages=num_passages))
 
 
 async def _list_aliases(request: HttpRequest) -> Response:
@@ -406,6 +417,10 @@ _operation = partial(Operation, tag="collections", query={})
 OPERATIONS = (
     _operation("GET", "/v1/collections", _list_collections, "Every collection of the store", answers=(_Collections,)),
     _operation("GET", _COLLECTION, _get_collection, "One collection, by name or alias", answers=(_Collection,)),
+    _operation(
+        "DELETE", _COLLECTION, _drop_collection, "Drop a throw-away collection of the page at /",
+        answers=(_CollectionDropped,),
+    ),
     _operation(
         "POST", f"{_COLLECTION}/search", _search, "Find passages by words: BM25 over the stored texts",
         "searchCollection", answers=(_FoundPassages,), bodies={JSON: (_SearchRequest,)},

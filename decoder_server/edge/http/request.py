@@ -150,7 +150,7 @@ class Problem(Exception):  # noqa: N818 - most are made of an error
                 return cls(500, "the encoder worker failed; its log has the cause", code="encoder_failed")
             case cache.CollectionNotFound():
                 return cls(404, message, code="collection_not_found", param="collection")
-            case cache.InvalidName() | cache.CollectionExists():
+            case cache.InvalidName() | cache.CollectionExists() | cache.CollectionInUse():
                 return cls(400, message, code="invalid_value", param="collection")
             case cache.CacheError():
                 return cls(500, message, code="store_failed")
