@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import shutil
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -110,6 +112,7 @@ def _run(
     encoder: bool = True,
     keys: ApiKeys | None = None,
     http: Any = None,
+    beside: Path | None = None,  # the checkpoint of a second model
     **config: Any,
 ) -> Iterator[Running]:
     store = open_store(store_url, read_budget_seconds=config.get("read_budget_seconds", 0.1))
@@ -117,7 +120,7 @@ def _run(
 
     def load(settings: ModelConfig) -> Any:
         held.append(Held(load_model(settings)))
-        return held[0]
+        return held[-1]
 
     async def start() -> tuple[Gateway, DecoderServer, EncoderServer | None]:
         worker = None
@@ -128,12 +131,11 @@ def _run(
         settings = {"port": 0, "device": "cpu", "dtype": "float32", "max_staleness_seconds": 0.0}
         settings |= {"kv_caches": NO_KV_CACHES, "max_score_cache_bytes": 0} | config
         address = f"127.0.0.1:{worker.port}" if worker else ""
-        server = DecoderServer(
-            DecoderConfig.of_one(str(checkpoint), encoder_address=address, **settings),
-            store=store,
-            load=load,
-            keys=keys,
-        )
+        of_both = DecoderConfig.of_one(str(checkpoint), encoder_address=address, **settings)
+        if beside is not None:
+            second = ModelConfig(str(beside), device="cpu", dtype="float32")
+            of_both = dataclasses.replace(of_both, models=(*of_both.models, second))
+        server = DecoderServer(of_both, store=store, load=load, keys=keys)
         gateway = Gateway(HttpConfig(port=0, **(http or {})), server)
         await gateway.start()
         await server.start()
@@ -184,6 +186,31 @@ def run(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Any]:
     """Starts a gateway; over another store, with settings: DecoderConfig's as keywords, HttpConfig's as `http`."""
     own = f"faiss:{tmp_path / 'store'}"
     return lambda store=own, **settings: _run(tiny_checkpoint, store, **settings)
+
+
+CHROMIUM = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+)  # fmt: skip
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A real Chromium without a profile, driven by selenium."""
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("NO BROWSER, THE PAGE IS NOT TESTED: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="NO SELENIUM, THE PAGE IS NOT TESTED")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (*CHROMIUM, f"--user-data-dir={tmp_path}/profile"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield chrome
+    finally:
+        chrome.quit()
 
 
 @pytest.fixture

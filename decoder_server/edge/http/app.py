@@ -48,7 +48,7 @@ OnAnswer = Callable[[int, float], None]  # status, seconds
 
 # Probes carry no keys; what describes the interface, or is a page to type a key into, needs none.
 _HEALTH = (*info.LIVE, *info.READY)
-_OPEN = ("/", "/page/page.js", "/page/page.css", "/page/icon.svg", *_HEALTH, "/openapi.json")
+_OPEN = (*info.PAGE_PATHS, *_HEALTH, "/openapi.json")
 _PREFIXED = (*_HEALTH, *info.DESCRIPTIONS)  # also there behind a dialect's prefix
 _METRICS, _NAMED = "/metrics", re.compile(r"/v1/(collections|aliases)/(?P<name>[^/]+)")
 _PROBES = (*_HEALTH, _METRICS)  # a full server is alive, and says why

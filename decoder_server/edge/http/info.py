@@ -37,10 +37,14 @@ DESCRIPTIONS = ("/v1/models", "/v1/models/{model:path}", "/models", "/info", "/m
 _IS_READY = "Ready: loaded, and every encoder has answered"
 CREATED = 1735689600  # the list of models has to have a date; 2025-01-01
 
-_TYPES = {"page.html": "text/html", "page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
+_SCRIPTS = ("main", "api", "dom", "form", "numbers", "results", "uploads")  # main imports the others
+_TYPES = {"page.html": "text/html", "page.css": "text/css", "icon.svg": "image/svg+xml"}
+_TYPES |= {f"{name}.js": "text/javascript" for name in _SCRIPTS}
+PAGE_PATHS = ("/", *(f"/page/{name}" for name in _TYPES if name != "page.html"))
 _HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
@@ -206,4 +210,4 @@ OPERATIONS = (
         answers=(_Explanation,), bodies={JSON: (_ExplainRequest,)}, query={},
     ),
 )  # fmt: skip
-PAGE = [Route(path, _file) for path in ("/", "/page/page.js", "/page/page.css", "/page/icon.svg")]
+PAGE = [Route(path, _file) for path in PAGE_PATHS]
