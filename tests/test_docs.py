@@ -67,7 +67,7 @@ def test_flags_named_in_the_text_exist(page: Path) -> None:
         every |= parameters(command) | parameters(cli)
         if isinstance(command, click.Group):
             every |= {flag for one in command.commands.values() for flag in parameters(one)}
-    elsewhere = {"--split", "--first-stage", "--task-instructions"}  # of other commands, the latter of integrations.mteb
+    elsewhere = {"--split", "--first-stage", "--task-instructions"}  # the latter two of preread.integrations.mteb
     named = set(re.findall(r"`(--[a-z-]+)", page.read_text())) - elsewhere
     assert named <= every
 

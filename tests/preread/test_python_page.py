@@ -21,7 +21,8 @@ def secured(serving, tmp_path: Path, certificate: tuple[Path, Path]) -> Iterator
         yield {"server.example:50051": pair.address, "ca.pem": cert}
 
 
-def test_the_page_runs(server_pair, secured: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_runs(server_pair, secured: dict[str, str], tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)  # the page keeps a store in the directory where it is run
     names = {"127.0.0.1:50051": server_pair.address, "127.0.0.1:50052": server_pair.encoder_address, **secured}
     names |= {"server-a:50051": "127.0.0.1:1", "server-b:50051": server_pair.address}  # one that is down
     known: dict[str, object] = {"__name__": "page"}
