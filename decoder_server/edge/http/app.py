@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from decoder_server.edge.engines import every_scored, unscored
 from decoder_server.edge.http import collections, dialects, info, names
 from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse, no_step
+from decoder_server.edge.http.json_values import read
 from decoder_server.edge.http.openapi import JSON, Operation, document
 from decoder_server.edge.http.request import (
     EXPECTED,
@@ -33,7 +34,6 @@ from decoder_server.edge.http.request import (
     Problem,
     inflated_beginning,
     is_gzip,
-    read,
     respond,
 )
 from decoder_server.engine.engine import Engine

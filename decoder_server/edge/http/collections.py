@@ -19,10 +19,11 @@ from decoder_server.edge.engines import collection_infos
 from decoder_server.edge.http import names
 from decoder_server.edge.http.dialect_request import Size
 from decoder_server.edge.http.json_steps import parse
+from decoder_server.edge.http.json_values import Count, RawText, Text, read
 from decoder_server.edge.http.openapi import JSON, Operation
-from decoder_server.edge.http.request import EXPECTED, Count, HttpRequest, Problem, RawText, Text, read, respond
+from decoder_server.edge.http.request import EXPECTED, HttpRequest, Problem, respond
+from decoder_server.edge.word_search import MAX_RESULTS
 from decoder_server.engine.collections import MAX_PAGE_SIZE, PAGE_SIZE, drop_throwaway, list_ids
-from decoder_server.engine.word_search import MAX_RESULTS
 from preread import Passage, UpsertResult
 from preread.errors import InvalidRequest, Path
 from preread.values import CollectionInfo, join_title

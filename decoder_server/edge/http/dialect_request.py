@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, get_args
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from decoder_server.edge.http.json_steps import pieces
-from decoder_server.edge.http.request import Count, Query, RawText, Schema, Switch, Text, Word, kind_of, read
+from decoder_server.edge.http.json_values import Count, Query, RawText, Schema, Switch, Text, Word, kind_of, read
 from preread import values
 from preread.errors import FailedPrecondition, InvalidRequest, Path, field_name
 from preread_edge.steps import Step

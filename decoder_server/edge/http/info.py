@@ -17,8 +17,9 @@ from starlette.routing import Route
 
 from decoder_server.edge.engines import model_info, tei_info
 from decoder_server.edge.http.dialect_request import RerankBody
+from decoder_server.edge.http.json_values import Count, Text, read
 from decoder_server.edge.http.openapi import JSON, Operation
-from decoder_server.edge.http.request import Count, HttpRequest, Text, read, respond
+from decoder_server.edge.http.request import HttpRequest, respond
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.explain import MAX_CANDIDATES, explain
 from preread.errors import InvalidRequest, Unavailable

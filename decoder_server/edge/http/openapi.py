@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from decoder_server.edge.engines import VERSION
-from decoder_server.edge.http.request import ERRORS, Endpoint, Schema
+from decoder_server.edge.http.json_values import Schema
+from decoder_server.edge.http.request import ERRORS, Endpoint
 
 JSON = "application/json"
 

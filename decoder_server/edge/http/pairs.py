@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Self
 from msgspec import Meta, Struct
 
 from decoder_server.edge.http import dialect_request as rerank
-from decoder_server.edge.http.request import Count, Query, Schema, Text, read
+from decoder_server.edge.http.json_values import Count, Query, Schema, Text, read
 from preread.errors import InvalidRequest
 from preread_edge.steps import Step
 

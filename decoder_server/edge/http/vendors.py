@@ -13,7 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from decoder_server.edge.http import dialect_request as rerank
-from decoder_server.edge.http.request import RawText, Switch, Text
+from decoder_server.edge.http.json_values import RawText, Switch, Text
 from preread.errors import InvalidRequest
 from preread_edge.steps import Step
 
