@@ -120,6 +120,20 @@ client = options_of(
     option("--api-key", metavar="KEY", help="Shown to a server that requires one."),
 )
 
+query = options_of(
+    option("--instruction", metavar="TEXT", help='Task instruction, instead of the model\'s own; "" for none.'),
+    option(
+        "--compression-ratio",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Score at exactly this ratio, a multiple of the stored one; 0: at the server's own default.",
+    ),
+    option("--model-name", metavar="NAME", default="", help="Model to use, of those served.  [default: the first]"),
+    option("--timeout-seconds", type=SECONDS, default=300.0, help="Time limit of one request."),
+    as_json,
+    client,
+)
+
 
 def typed(ctx: click.Context) -> set[str]:
     """Parameters on the command line itself; those of the environment or a file may be meant for other commands."""

@@ -21,7 +21,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Queries, many times": {
         "serve": ("serve", "Start the reranking server."),
-        "warm": ("rerank", "Fill a server's KV and prefix caches for some passages."),
+        "warm": ("warm", "Fill a server's KV and prefix caches for some passages."),
         "rerank": ("rerank", "Rank passages for a query, or for a file of queries."),
         "tune": ("evaluate", "Choose stored ratio, codec and read ratio by measuring them."),
         "evaluate": ("evaluate", "Measure how well a checkpoint reranks a judged collection."),

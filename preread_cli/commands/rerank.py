@@ -1,4 +1,4 @@
-"""`preread rerank`: one query to a table, or a file of queries to a TREC run; `preread warm`: passages into caches.
+"""`preread rerank`: one query to a table, or a file of queries to a TREC run.
 
 In files, or standard input ("-"), gzip and zstd are seen through, blank lines skipped; `{` begins a line of JSON.
 """
@@ -35,9 +35,9 @@ from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed, told
 from preread_cli.flags import option
 from preread_cli.models import model_option
 from preread_cli.passages import MAX_SHOWN, passage_ids
-from preread_cli.terminal import print_json, print_some, progress_bar
-from preread_edge.outputs import human_bytes, is_stdout, open_output
-from preread_edge.tables import NUMBER, TEXT, WHOLE, Cell, Column, Table, print_parts
+from preread_cli.terminal import print_json, progress_bar
+from preread_edge.outputs import is_stdout, open_output
+from preread_edge.tables import NUMBER, TEXT, Cell, Column, Table, print_parts
 
 if TYPE_CHECKING:
     from encoder_worker.sources import Place
@@ -48,22 +48,6 @@ MAX_WHOLE_COLLECTION = 5000  # to try things out with; beyond this a first stage
 DEFAULT_TOP_N = 10
 MAX_TEXT_CHARACTERS = 400
 QUERIES_PER_CALL = 32  # over the same candidates: a passage is computed once for them; more save hardly more
-CHUNK = 64  # passages of one warming call: the bar moves on after each, and no request to the server waits for it long
-CACHE_FLAGS = {"keys": "--keys-cache-bytes", "prefixes": "--prefix-cache-bytes"}
-
-_query_options = flags.options_of(
-    option("--instruction", metavar="TEXT", help='Task instruction, instead of the model\'s own; "" for none.'),
-    option(
-        "--compression-ratio",
-        type=click.IntRange(min=0),
-        default=0,
-        help="Score at exactly this ratio, a multiple of the stored one; 0: at the server's own default.",
-    ),
-    option("--model-name", metavar="NAME", default="", help="Model to use, of those served.  [default: the first]"),
-    option("--timeout-seconds", type=flags.SECONDS, default=300.0, help="Time limit of one request."),
-    flags.as_json,
-    flags.client,
-)
 
 
 @click.command()
@@ -93,7 +77,7 @@ _query_options = flags.options_of(
 @option("--local", is_flag=True, help="Call no server: load --model in this process, over --store.")
 @model_option
 @flags.store
-@_query_options
+@flags.query
 @click.pass_context
 def rerank(ctx: click.Context, /, query: str | None, **given: Any) -> None:
     """Rank passages for a query, or for a file of queries.
@@ -361,62 +345,6 @@ def _print_reranking(query: str, answer: Reranking, num_candidates: int, note: s
         late = "the deadline came before the last stage was through: these are the finished scores"
         told.append((late, "yellow"))
     print_parts((query, "bold"), table, *others, *told)
-
-
-@click.command()
-@flags.collection(required=True, help="The collection, or alias, that holds the passages.")
-@option("--ids", metavar="FILE", help="These passages: one id per line; - is standard input.  [default: all]")
-@_query_options
-@click.pass_context
-def warm(ctx: click.Context, /, **given: Any) -> None:
-    """Fill a server's KV and prefix caches for some passages.
-
-    Each passage's keys and values are computed, and the instruction read over it. A query over warmed passages,
-    under the same instruction and at the same ratio, then costs its own tokens only. No score changes. Passages
-    that are used more often may evict warmed ones.
-
-    \b
-    Examples:
-      preread warm -c docs --ids most-read.txt
-      preread warm -c docs --ids - --instruction "Find passages that answer the question"
-    """
-    options = {name: given[name] for name in ("collection", "instruction", "compression_ratio")}
-    warmed = []
-    settings = flags.client_settings(given)
-    with (
-        preread.Client(flags.addresses(given), options=settings) as client,
-        progress_bar("warming", "passages") as on_progress,
-    ):
-        ids = passage_ids(client, given)
-        if not ids:
-            raise CommandFailed(f"{given['ids']}: no ids, nothing to warm")
-        for first in range(0, len(ids), CHUNK):
-            warmed.append(client.warm(ids[first : first + CHUNK], model=given["model_name"], **options))
-            on_progress(min(first + CHUNK, len(ids)), len(ids))
-    num_windows = sum(one.num_windows for one in warmed)
-    tiers = [
-        dataclasses.asdict(tiers[-1]) | {"num_kept": sum(tier.num_kept for tier in tiers)}
-        for tiers in zip(*(one.tiers for one in warmed), strict=True)
-    ]
-    total = {"model": warmed[-1].model, "num_passages": sum(one.num_passages for one in warmed)}
-    total |= {"num_windows": num_windows, "tiers": tiers}
-    missing = list(dict.fromkeys(passage_id for one in warmed for passage_id in one.missing_ids))
-    if given["as_json"]:
-        print_json(total | {"missing_ids": missing})
-    else:
-        table = Table([Column("", WHOLE), Column("", TEXT)])
-        for tier in tiers:
-            flag, num_kept, size = CACHE_FLAGS[tier["name"]], tier["num_kept"], tier["max_bytes"]
-            use = f"{human_bytes(tier['num_bytes'])} of {human_bytes(size)} in use"
-            kept = f"{num_kept:,} of {num_windows:,} kept; {use}"
-            table.add(tier["name"], kept if size else f"off ({flag} is 0)")
-            if size and num_kept < num_windows:
-                table.add("", f"the cache is full: a larger {flag} holds more")
-        read = f"{total['num_passages']:,} passages read, {num_windows:,} windows"
-        print_parts(f"{total['model']}: {read}", table)
-        print_some("not stored", missing, MAX_SHOWN, err=True)
-    if missing:
-        ctx.exit(BAD_ITEMS)
 
 
 def _candidates(client: preread.Client, given: Mapping[str, Any]) -> Sequence[Candidate]:
