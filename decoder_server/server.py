@@ -21,10 +21,10 @@ from decoder_server.config import DecoderConfig, HttpConfig, ModelConfig
 from decoder_server.edge.grpc import SERVICE, TEI_SERVICES, RerankService
 from decoder_server.edge.http.app import build
 from decoder_server.edge.http.request import Context, Problem
+from decoder_server.edge.word_search import WordSearch
 from decoder_server.engine.engine import Engine
 from decoder_server.engine.lifecycle import Observer
 from decoder_server.engine.on_demand import MAX_ANSWER_BYTES, EncoderClient, OnDemandStates, call_metadata
-from decoder_server.engine.word_search import WordSearch
 from decoder_server.models.backend import Backend
 from decoder_server.models.loading import load_model
 from decoder_server.readiness import Readiness

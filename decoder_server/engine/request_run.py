@@ -93,7 +93,6 @@ class RequestRun:
         stop_at: float | None,
     ) -> AsyncGenerator[tuple[int, list[_Scored]], None]:
         """Results of one stage, by query, as passages arrive and passes end; fewer when it is time to stop."""
-        num_prompt_tokens = [prompt.num_tokens for prompt in self.wanted.prompts]
         ratio = self.plan.stages[stage].compression_ratio
         scheduled: dict[_Margins, _PassagePairs] = {}
         arriving: asyncio.Task[Fetched] | None = asyncio.create_task(self._next(queue, passages))
@@ -107,7 +106,7 @@ class RequestRun:
                 if not done:
                     return
                 results: dict[int, list[_Scored]] = defaultdict(list)
-                ended = [scheduled.pop(margins).filled(margins.result()) for margins in [*scheduled] if margins in done]
+                ended = [scheduled.pop(one).filled(one.result()) for one in [*scheduled] if one in done]
                 self._keep(ended)
                 if arriving in done:
                     chunk, read = arriving.result(), list[_PassagePairs]()
@@ -126,10 +125,8 @@ class RequestRun:
                             ended.append(pairs)
                     arriving = asyncio.create_task(self._next(queue, passages)) if chunk else None
                 for pairs in ended:
-                    for query, own in pairs.by_query():
-                        num_tokens, activate = num_prompt_tokens[query], self.backend.activate
-                        result = pairs.passage.scored(own, ratio, num_tokens, activate, query)
-                        results[query].append((pairs.passage, result))
+                    for query, margins in pairs.by_query():
+                        results[query].append((pairs.passage, self._result(pairs.passage, query, margins, ratio)))
                 for query, scored in results.items():
                     yield query, scored
         finally:
@@ -167,6 +164,10 @@ class RequestRun:
         if stage == 0:
             query = pairs.queries[0]
             self.admission.learn(pairs.passage.num_tokens(self.wanted.prompts[query].num_tokens, query))
+
+    def _result(self, one: FetchedPassage, query: int, margins: Sequence[float | None], ratio: int) -> Result:
+        num_prompt_tokens = self.wanted.prompts[query].num_tokens
+        return one.scored(margins, ratio, num_prompt_tokens, self.backend.activate, query)
 
     def _unscored(self, one: FetchedPassage) -> Result:
         passage_id = one.passage_id or ""

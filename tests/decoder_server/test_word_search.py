@@ -17,8 +17,8 @@ from cache.collection import Collection, StoredPassage
 from cache.manifest import Manifest
 from cache.memory import MemoryStore
 from cache.states import PassageStates, text_digest
-from decoder_server.engine import word_search
-from decoder_server.engine.word_search import WordIndex, WordSearch
+from decoder_server.edge import word_search
+from decoder_server.edge.word_search import WordIndex, WordSearch
 from preread.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, NotFound, PermissionDenied
 from preread_edge import access
 from tuning.baselines import search as bm25s_search
