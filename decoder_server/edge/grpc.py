@@ -33,7 +33,9 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 SERVICE = rerank_pb2.DESCRIPTOR.services_by_name["RerankService"].full_name
 TEI_SERVICES = tuple(service.full_name for service in tei_pb2.DESCRIPTOR.services_by_name.values())
 _ON_MISS: dict[int, OnMiss] = {common_pb2.OnMiss.Value(f"ON_MISS_{one.upper()}"): one for one in get_args(OnMiss)}
-_STATUS = {status: f"CANDIDATE_STATUS_{status.upper()}" for status in get_args(Status)}
+_STATUS: dict[str, Any] = {
+    one: common_pb2.CandidateStatus.Value(f"CANDIDATE_STATUS_{one.upper()}") for one in get_args(Status)
+}
 
 
 class RerankService(rerank_pb2_grpc.RerankServiceServicer):
@@ -217,7 +219,22 @@ def _pack_batch(results: Sequence[Result]) -> rerank_pb2.RerankStreamResponse:
 
 
 def _pack_result(result: Result) -> rerank_pb2.Result:
-    return rerank_pb2.Result(**_fields(result, rerank_pb2.Result) | {"status": _STATUS[result.status]})
+    """There may be thousands: written out, they take a fifth of the time of `_pack`."""
+    return rerank_pb2.Result(
+        index=result.index,
+        passage_id=result.passage_id,
+        status=_STATUS[result.status],
+        score=result.score,
+        margin=result.margin,
+        text=result.text,
+        message=result.message,
+        num_states=result.num_states,
+        compression_ratio=result.compression_ratio,
+        truncated=result.truncated,
+        stages=[_pack(stage, rerank_pb2.StageScore) for stage in result.stages],
+        found_in=result.found_in,
+        found_id=result.found_id,
+    )
 
 
 def _pack(value: Any, kind: type[T]) -> T:

@@ -62,8 +62,8 @@ class FetchedPassage:
 
     def num_tokens(self, num_prompt_tokens: int, query: int = 0) -> int:
         """Tokens of the passage, those of the query's prompt left out."""
-        if self.states is not None:
-            return self.states.num_tokens
+        if (states := self.states) is not None:
+            return states.num_tokens
         return sum(max(0, pair.num_tokens - num_prompt_tokens) for pair in self.pairs[query])
 
     def scored(
