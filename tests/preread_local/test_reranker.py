@@ -22,6 +22,7 @@ from decoder_server.models.cross_encoder.loading import open_cross_encoder
 from decoder_server.models.fbnl.backend import FbnlBackend
 from decoder_server.models.fbnl.kv_cache import StatePair
 from encoder_worker.passage_encoder import PassageEncoder
+from preread.integrations.functions import rank
 from preread_local import AsyncReranker, Indexed, Reranker
 
 TEXTS = {f"p{i}": f"passage {i} says that the decoder reads states {'once ' * i}" for i in range(12)}
@@ -73,6 +74,13 @@ def test_it_is_a_client(reranker) -> None:
         reranker.rerank("", ["text"])
     with pytest.raises(preread.DeadlineExceeded):
         reranker.rerank(QUERY, list(TEXTS), collection="docs", timeout=1e-6)
+
+
+def test_components_take_it_as_they_take_a_client(reranker, expected) -> None:
+    texts = list(TEXTS.values())
+    ranked = rank(QUERY, texts, ids=list(TEXTS), collection="docs", client=reranker)
+    assert [list(TEXTS)[index] for index, _ in ranked] == sorted(TEXTS, key=lambda one: -expected[one])
+    assert rank(QUERY, texts, client=reranker, top_n=3) == ranked[:3]
 
 
 def test_index_says_what_became_of_each_passage(reranker) -> None:
