@@ -30,6 +30,9 @@ COMMANDS = {  # minutes
     "benchmarks.bodies": 3,
     "benchmarks.many --model nano --candidates 12": 4,
     "benchmarks.many --model mini": 2,
+    "benchmarks.lookup --model nano": 6,
+    "benchmarks.lookup --model mini": 1,
+    "benchmarks.trace": 7,
     "benchmarks.steps": 1,
 }
 OTHERS = "reliability, codecs, clipping, cascade, overload, keepalive, cross_encoder_runtimes, int8_products"

@@ -23,11 +23,12 @@ from typing import Any
 
 from benchmarks.collection_size import MODEL
 from benchmarks.common import nano_checkpoint, report, start, tiny_checkpoint
+from benchmarks.many import QUERY
 from benchmarks.servers import TIERS, started, texts_of
 from checkpoint import Checkpoint
 
 NUM_PASSAGES, PASSAGE_TOKENS = 100, 344
-WARM_UP = 3  # requests that do not count: caches keep what they miss twice
+WARM_UP, COLD_WARM_UP = 3, 1  # requests that do not count: caches keep what they miss twice
 OFF = ["--keys-cache-bytes", "0", "--prefix-cache-bytes", "0", "--inline-cache-bytes", "0"]
 # Of each server: its flags, and how it is asked, by row.
 SERVERS: list[tuple[list[str], dict[str, str]]] = [
@@ -64,10 +65,12 @@ json.dump({"times": times, "found": found}, sys.stdout)
 """
 
 
-def ask(python: Path, url: str, how: str, texts: dict[str, str], num_requests: int, model: str) -> dict[str, Any]:
-    """Seconds of each request, and how many texts were found."""
+def ask(
+    python: Path, url: str, how: str, texts: dict[str, str], num_requests: int, warm_up: int, model: str
+) -> dict[str, Any]:
+    """Seconds of each request after the first, and how many texts were found."""
     given = {"url": url, "how": how, "documents": [*texts.values()], "ids": [*texts], "model": model}
-    given |= {"query": "which passages does the decoder attend over", "requests": num_requests, "warm_up": WARM_UP}
+    given |= {"query": QUERY, "requests": num_requests, "warm_up": warm_up}
     command = [str(python), "-c", CLIENT]
     answer = subprocess.run(command, input=json.dumps(given), stdout=subprocess.PIPE, text=True, check=True)
     told: dict[str, Any] = json.loads(answer.stdout)
@@ -106,8 +109,9 @@ def main() -> None:
                 url = said["http"].split()[0]
                 for name, how in asked.items():
                     before = model_seconds(url)
-                    told = ask(args.python, url, how, texts, args.requests, "model")
-                    num_asked = args.requests + WARM_UP + (how != "ids")
+                    warm_up = COLD_WARM_UP if name.endswith("off") else WARM_UP
+                    told = ask(args.python, url, how, texts, args.requests, warm_up, "model")
+                    num_asked = args.requests + warm_up + (how != "ids")
                     in_model = (model_seconds(url) - before) / num_asked
                     seconds = sorted(told["times"])[len(told["times"]) // 2]
                     rows.append([name, seconds * 1e3, 0.0, told["found"], in_model * 1e3])
