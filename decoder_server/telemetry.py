@@ -162,8 +162,9 @@ class Metrics(Collector):
         for caches in zip(*kept, strict=True):  # one kind of cache, of all models
             counts = ((cache.num_hits, cache.num_misses, cache.num_bytes) for cache in caches)
             add(caches[0].name, *map(sum, zip(*counts, strict=True)))
-        counts = ((one.num_hits, one.num_misses, one.num_bytes) for one in (e.score_cache for e in engines.values()))
-        add("scores", *map(sum, zip(*counts, strict=True)))
+        if known := [engine.score_cache for engine in engines.values()]:  # none before the models have loaded
+            counts = ((cache.num_hits, cache.num_misses, cache.num_bytes) for cache in known)
+            add("scores", *map(sum, zip(*counts, strict=True)))
         yield from (hits, misses, held)
         models = InfoMetricFamily("preread_model", "A model that is served.")
         for model, engine in engines.items():

@@ -8,10 +8,12 @@ import urllib.request
 
 import grpc
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from decoder_server.config import DecoderConfig
 from decoder_server.server import DecoderServer
+from decoder_server.telemetry import Metrics
 from decoder_server.tracing import TracingObserver
 from encoder_worker.config import EncoderConfig
 from encoder_worker.server import EncoderServer
@@ -66,6 +68,14 @@ async def test_numbers_add_up(serve, refused) -> None:
     assert value(seen, "preread_collection_info", collection="docs", codec="Flat", compression_ratio="4") == 1
     assert value(seen, "preread_collection_passages", collection="docs") == 60
     assert value(seen, "preread_store_up") == 1
+
+
+def test_there_are_metrics_before_the_models_have_loaded(store) -> None:
+    metrics = Metrics()
+    metrics.watch({}, store)
+    text = generate_latest(metrics.registry).decode()
+    assert "preread_store_up 1.0" in text
+    assert "# TYPE preread_cache_bytes gauge" in text
 
 
 async def test_refusals_are_counted(serve, gated, refused) -> None:
