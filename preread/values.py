@@ -185,6 +185,17 @@ class Result:
     empty: bool = False  # not scored, because its text has no tokens; on servers only
 
 
+def ranked(results: Iterable[Result], top_n: int = 0) -> list[Result]:
+    """Results in a response's order: scored ones best first, cut to `top_n` (0: all), then the others by index.
+
+    Those that reached a later stage of a cascade rank before the others; ties break by index.
+    """
+    by_index = sorted(results, key=lambda one: one.index)
+    scored = [one for one in by_index if one.margin is not None]
+    scored.sort(key=lambda one: (-len(one.stages), -(one.margin or 0.0)))
+    return scored[: top_n or None] + [one for one in by_index if one.margin is None]
+
+
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Where the time of a call went on the server, in seconds. Parts overlap: they need not add up to the total.

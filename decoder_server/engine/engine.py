@@ -27,7 +27,7 @@ from decoder_server.engine.score_cache import ScoreCache
 from decoder_server.models.backend import Backend, Prompt, StatesBackend
 from decoder_server.models.loading import BATCH_TOKENS
 from preread.errors import DeadlineExceeded, FailedPrecondition, InvalidRequest, NotFound, Unavailable
-from preread.values import Candidate, RerankRequest, Result, Summary, TierUse, Warmed
+from preread.values import Candidate, RerankRequest, Result, Summary, TierUse, Warmed, ranked
 from preread_edge.access import caller, caller_scope, permits, require
 
 T = TypeVar("T")
@@ -87,8 +87,8 @@ class Engine:
             run = await self._plan(request, [request.query], deadline, trace)
             async with aclosing(run.results(deadline)) as batches:  # admits, fetches, scores
                 trace.results = [one async for _, batch in batches for one in batch]
-            ranked = _rank(trace.results, request.top_n)
-            return await self._with_texts(run.wanted, ranked), self._summarize(run, trace.results)
+            best = ranked(trace.results, request.top_n)
+            return await self._with_texts(run.wanted, best), self._summarize(run, trace.results)
 
     async def rerank_many(
         self, request: RerankRequest, queries: Sequence[str], *, deadline: float | None = None
@@ -113,8 +113,8 @@ class Engine:
                             trace.results += batch
                 for query, results in enumerate(rankings):
                     async with _until(deadline, trace):  # not across a yield: the time between is the caller's
-                        ranked = await self._with_texts(run.wanted, _rank(results, request.top_n))
-                    yield ranked, self._summarize(run, results, query)
+                        best = await self._with_texts(run.wanted, ranked(results, request.top_n))
+                    yield best, self._summarize(run, results, query)
 
     async def stream(
         self, request: RerankRequest, *, deadline: float | None = None
@@ -295,14 +295,6 @@ class Engine:
         truncated = tuple(sorted(one.index for one in scored if one.truncated))
         looked_up = trace.num_looked_up, trace.num_found
         return Summary(*counts, *run.plan.summary, *ended, *looked_up, num_tokens, truncated)
-
-
-def _rank(results: Sequence[Result], top_n: int) -> list[Result]:
-    """Candidates that reached a later stage rank first, ties by index; those that were not scored follow."""
-    scored = [one for one in results if one.margin is not None]
-    scored.sort(key=lambda one: (-len(one.stages), -(one.margin or 0.0), one.index))
-    unscored = sorted((one for one in results if one.margin is None), key=lambda one: one.index)
-    return scored[: top_n or None] + unscored
 
 
 @asynccontextmanager

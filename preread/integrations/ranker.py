@@ -17,7 +17,18 @@ from preread.arguments import Argument
 from preread.channel import LOCAL_ADDRESS, ClientOptions
 from preread.errors import PrereadError
 from preread.sync import Client
-from preread.values import Candidate, Candidates, ModelInfo, OnMiss, Reranking, RerankOptions, Result, Stage, id_text
+from preread.values import (
+    Candidate,
+    Candidates,
+    ModelInfo,
+    OnMiss,
+    Reranking,
+    RerankOptions,
+    Result,
+    Stage,
+    id_text,
+    ranked,
+)
 
 MAX_NAMED = 3  # candidates that an error shows
 MAX_BYTES_PER_CHAR = 4  # of UTF-8
@@ -235,9 +246,7 @@ class Ranker:
         if self._limits is None and hasattr(client, "list_models"):
             self._limits = Limits.of(await client.list_models(timeout=options.get("timeout")))
         parts = []
-        for start, some in split(
-            candidates, self._limits
-        ):  # in turn: a long list is no reason to fill a server's queue
+        for start, some in split(candidates, self._limits):  # in turn: a long list should not fill a server's queue
             with naming_part(start):
                 parts.append((start, await client.rerank(query, some, **options)))
         return self._merge(parts, len(candidates), options)
@@ -250,14 +259,11 @@ class Ranker:
     def _merge(
         self, parts: Sequence[tuple[int, Reranking]], num_candidates: int, options: RerankOptions
     ) -> list[Result]:
-        results = [replace(one, index=start + one.index) for start, part in parts for one in part]
-        scored = [one for one in results if one.margin is not None]
-        unscored = sorted((one for one in results if one.margin is None), key=lambda one: one.index)
+        results = ranked(replace(one, index=start + one.index) for start, part in parts for one in part)
+        unscored = [one for one in results if one.margin is None]
         if unscored and self._on_unscored == "raise":
             raise NotScored.of(unscored, num_candidates)
-        # A server's order: what reached a later stage of a cascade is first, ties break by index.
-        scored.sort(key=lambda one: (-len(one.stages), -(one.margin or 0.0), one.index))
-        return (scored + unscored)[: options.get("top_n") or None]
+        return results[: options.get("top_n") or None]
 
 
 def _options(settings: RerankOptions, more: RerankOptions) -> RerankOptions:

@@ -29,6 +29,7 @@ from preread.values import (
     id_text,
     join_title,
     parse_stages,
+    ranked,
 )
 from preread_cli import flags
 from preread_cli.failures import BAD_ITEMS, UNAVAILABLE, CommandFailed, told
@@ -247,7 +248,7 @@ def _rerank_in_parts(
     """
     firsts = range(0, len(candidates), max_candidates)
     parts = [_rerank(client, queries, candidates[first : first + max_candidates], options) for first in firsts]
-    return [_merged(own, firsts, options.get("top_n") or None) for own in zip(*parts, strict=True)]
+    return [_merged(own, firsts, options.get("top_n") or 0) for own in zip(*parts, strict=True)]
 
 
 def _rerank(
@@ -265,15 +266,12 @@ def _rerank(
         return [answer for half in halves for answer in _rerank(client, half, candidates, options)]
 
 
-def _merged(answers: Sequence[Reranking], firsts: Iterable[int], top_n: int | None) -> Reranking:
+def _merged(answers: Sequence[Reranking], firsts: Iterable[int], top_n: int) -> Reranking:
     """The responses to requests whose candidates begin at `firsts`, as one."""
     results: list[Result] = []
     for first, answer in zip(firsts, answers, strict=True):
         results += [dataclasses.replace(result, index=result.index + first) for result in answer]
     parts, ids = [answer.summary for answer in answers], [answer.request_id for answer in answers]
-    scored = [result for result in results if result.margin is not None]
-    scored.sort(key=lambda r: (-len(r.stages), -(r.margin or 0.0), r.index))
-    others = sorted((r for r in results if r.margin is None), key=lambda r: r.index)
     times = [dataclasses.astuple(part.timings) for part in parts]
     summary = dataclasses.replace(
         parts[0],
@@ -282,7 +280,7 @@ def _merged(answers: Sequence[Reranking], firsts: Iterable[int], top_n: int | No
         stopped_early=any(part.stopped_early for part in parts),
         degraded=next((part.degraded for part in parts if part.degraded is not None), None),
     )
-    return Reranking((*scored[:top_n], *others), summary, ",".join(ids))
+    return Reranking(tuple(ranked(results, top_n)), summary, ",".join(ids))
 
 
 def run_rows(answer: Reranking) -> list[tuple[str, float]]:
