@@ -59,10 +59,16 @@ _NEEDED: dict[str, tuple[Scope, ...]] = {
 _held: "ContextVar[_Key | None]" = ContextVar("preread_key", default=None)
 
 
+def _permitted() -> frozenset[str] | None:
+    """Collections and aliases that the caller's key may use; None: every one."""
+    held = _held.get()
+    return held.collections if held is not None else None
+
+
 def permits(*names: str) -> bool:
     """Whether the caller's key may use a collection that has any of these names and aliases."""
-    held = _held.get()
-    return held is None or held.collections is None or not held.collections.isdisjoint(names)
+    permitted = _permitted()
+    return permitted is None or not permitted.isdisjoint(names)
 
 
 def may(scope: Scope) -> bool:
@@ -79,8 +85,8 @@ def caller() -> str:
 
 def caller_scope() -> bytes:
     """Names the collections that the caller's key is bound to: only such keys share what is kept; b"": every one."""
-    held = _held.get()
-    return b"" if held is None or held.collections is None else ",".join(sorted(held.collections)).encode()
+    permitted = _permitted()
+    return b"" if permitted is None else ",".join(sorted(permitted)).encode()
 
 
 def require(*names: str) -> None:
@@ -92,8 +98,7 @@ def require(*names: str) -> None:
 
 def require_every(target: str) -> None:
     """Raises PermissionDenied for a key that is bound to some collections, where `target` shows all of them."""
-    held = _held.get()
-    if held is not None and held.collections is not None:
+    if _permitted() is not None:
         message = f"this key is bound to some collections, and {target} shows every one"
         raise PermissionDenied(message, reason="COLLECTION_REQUIRED")
 
