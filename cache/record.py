@@ -36,6 +36,7 @@ _TRUNCATED, _HAS_TEXT = 1, 2
 MAX_PASSAGE_ID_BYTES = 512
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _STORAGE_NAME = re.compile(r"~[0-9a-f]{32}")
+_TEXT_ID = re.compile(r"[0-9a-f]{64}")
 
 
 def passage_id_bytes(passage_id: str) -> bytes:
@@ -57,6 +58,11 @@ def is_passage_id(passage_id: str) -> bool:
         return bool(passage_id_bytes(passage_id))
     except InvalidName:
         return False
+
+
+def is_text_id(passage_id: str) -> bool:
+    """Whether it may be an id that is made of a text, its SHA-256 in hex: where states are written through."""
+    return _TEXT_ID.fullmatch(passage_id) is not None
 
 
 def new_storage_name() -> str:

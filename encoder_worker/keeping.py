@@ -10,7 +10,6 @@ cannot be kept now, because the queue is full or another writer is in the way, i
 
 import asyncio
 import logging
-import re
 import threading
 import time
 from collections import Counter, defaultdict
@@ -24,7 +23,7 @@ from typing import Protocol
 
 from cache import errors
 from cache.collection import MAX_CLIPPED_SHARE, Collection, StoredPassage
-from cache.record import HEADER_BYTES, Header, Record
+from cache.record import HEADER_BYTES, Header, Record, is_text_id
 from cache.states import EncodedPassage, PassageStates, decode_all
 from cache.store import Store
 from encoder_worker.config import CollectionSettings, EncoderConfig
@@ -45,7 +44,6 @@ LOW_WATER = 0.9  # share of the budget that eviction leaves, so that it is rare
 OVERHEAD_BYTES = 600
 MAX_STRANGERS = 100_000  # ids that were asked for and that this worker has not seen yet
 _LIST_PAGE = 1000
-_OWN_ID = re.compile(r"[0-9a-f]{64}")
 
 
 class Reason(StrEnum):
@@ -414,7 +412,7 @@ class Keeper:
         """Headers of the ids; raises _Foreign where one is not the SHA-256 of its text."""
         headers = self._store.headers_many(kept.collection.storage_name, ids, bulk=True)
         for one, header in zip(ids, headers, strict=True):
-            if not _OWN_ID.fullmatch(one) or (header is not None and header.text_digest.hex() != one):
+            if not is_text_id(one) or (header is not None and header.text_digest.hex() != one):
                 raise _Foreign(f"it holds {one[:100]!r}, which was indexed; expected a collection of kept states alone")
         return headers
 

@@ -4,7 +4,6 @@ The order is fixed, by `--lookup` or by name, so the same text gets the same sta
 """
 
 import logging
-import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,13 +12,13 @@ from typing import NamedTuple
 
 from cache.collection import Collection
 from cache.errors import CacheError
-from cache.record import check_name
+from cache.record import check_name, is_text_id
 from decoder_server.engine.collections import THROWAWAY, Catalogue
 from preread.errors import NotFound, PrereadError
 
 log = logging.getLogger(__name__)
 
-_KEPT_ID, _CHECKED_IDS = re.compile("[0-9a-f]{64}"), 100  # the SHA-256 of its text; of an indexed collection any text
+_CHECKED_IDS = 100  # of an indexed collection any tells
 MAX_LOOKUPS = 8  # collections that are looked into where none are named: each costs a text that is in none a read
 
 
@@ -113,6 +112,6 @@ def check_write_through(catalogue: Catalogue, name: str) -> None:
     The worker looks at all ids before it writes; a store that does not answer now is looked at there.
     """
     with suppress(PrereadError, CacheError):
-        if others := [one for one in catalogue.first_ids(name, _CHECKED_IDS) if not _KEPT_ID.fullmatch(one)]:
+        if others := [one for one in catalogue.first_ids(name, _CHECKED_IDS) if not is_text_id(one)]:
             expected = "a name that is free, or a collection of kept states alone"
             raise ValueError(f"write_through is {name!r}, which holds {others[0]!r:.100}; expected {expected}")
