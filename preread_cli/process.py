@@ -146,8 +146,7 @@ class _Process:
             elif self._options["no_encoder"] or self._options["encoder_address"]:
                 models.append(model)
             else:
-                loaded = {one.name: getattr(model, one.name) for one in LoadConfig.knobs()}
-                loaded |= {one.name: getattr(kept, one.name) for one in WriteThroughConfig.knobs()}
+                loaded = model.values_of(LoadConfig) | kept.values_of(WriteThroughConfig)
                 loaded |= {"checkpoint": model.checkpoint, "port": 0 if workers else self._options["encoder_port"]}
                 worker = EncoderServer(EncoderConfig(store=config.store, **loaded), store=store, keys=accepted)
                 await worker.start()

@@ -75,6 +75,10 @@ class Config:
                 flag = given.flag or "--" + one.name.replace("_", "-")
                 yield dataclasses.replace(given, name=one.name, kind=kind, default=one.default, flag=flag)
 
+    def values_of(self, kind: "type[Config]") -> dict[str, Any]:
+        """By name, those of the knobs that this configuration shares with another kind."""
+        return {one.name: getattr(self, one.name) for one in kind.knobs()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ListenConfig(Config):

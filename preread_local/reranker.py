@@ -170,8 +170,8 @@ class _Halves:
             parts.callback(store.close)
             worker = None
             if encode and await asyncio.to_thread(is_fbnl, model):
-                loading = {one.name: getattr(model, one.name) for one in LoadConfig.knobs()}
-                worker = EncoderServer(EncoderConfig(model.checkpoint, port=0, **loading), store=store, keys=keys)
+                settings = EncoderConfig(model.checkpoint, port=0, **model.values_of(LoadConfig))
+                worker = EncoderServer(settings, store=store, keys=keys)
                 await worker.start()
                 parts.push_async_callback(worker.stop, 0)
                 address = join(worker.config.host, worker.port)
