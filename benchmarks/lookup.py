@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 from benchmarks.collection_size import MODEL
 from benchmarks.common import nano_checkpoint, report, start, tiny_checkpoint
 from benchmarks.many import QUERY
-from benchmarks.servers import TIERS, started, texts_of
+from benchmarks.servers import TIERS, indexed, metrics, started, texts_of
 from checkpoint import Checkpoint
 
 NUM_PASSAGES, PASSAGE_TOKENS = 100, 344
@@ -79,11 +78,7 @@ def ask(
 
 def model_seconds(url: str) -> float:
     """Seconds of all forward passes so far."""
-    import urllib.request
-
-    with urllib.request.urlopen(f"{url}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith("preread_forward_seconds_sum")))
+    return metrics(url)["preread_forward_seconds_sum"]
 
 
 def main() -> None:
@@ -100,10 +95,7 @@ def main() -> None:
     texts = {f"p{i}": make(PASSAGE_TOKENS) for i in range(NUM_PASSAGES)}
     rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        passages, store = Path(folder) / "passages.jsonl", f"faiss:{folder}/store"
-        passages.write_text("".join(json.dumps({"id": one, "text": text}) + "\n" for one, text in texts.items()))
-        command = [sys.executable, "-m", "preread", "index", str(passages), "--collection", "docs", "--store", store]
-        subprocess.run([*command, "--model", str(model), "--compression-ratio", "4"], check=True)
+        store = indexed(texts, model, Path(folder))
         for flags, asked in SERVERS:
             with started(model, store, "--http-port", "0", "--served-model-name", "model", *flags) as said:
                 url = said["http"].split()[0]

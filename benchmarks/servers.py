@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +61,22 @@ def serving(model: Path | str, store: str, *flags: str) -> Iterator[str]:
     """The address of a `preread serve`."""
     with started(model, store, *flags) as said:
         yield said["listening"].split()[0]
+
+
+def indexed(texts: dict[str, str], model: Path | str, folder: Path) -> str:
+    """The store, in a folder, of a collection `docs` that `preread index` made of texts by id, at r = 4."""
+    passages, store = folder / "passages.jsonl", f"faiss:{folder}/store"
+    passages.write_text("".join(json.dumps({"id": one, "text": text}) + "\n" for one, text in texts.items()))
+    command = [sys.executable, "-m", "preread", "index", str(passages), "--collection", "docs", "--store", store]
+    subprocess.run([*command, "--model", str(model), "--compression-ratio", "4"], check=True)
+    return store
+
+
+def metrics(url: str) -> dict[str, float]:
+    """What Prometheus would read, by name and labels as they are written."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        lines = [line.rpartition(" ") for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
 
 
 def time_requests(client: Client, repeats: int, **request: Any) -> tuple[float, float]:

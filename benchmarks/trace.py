@@ -11,13 +11,9 @@ default budgets; rows leave out one of them, or all. Each row starts a new serve
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,7 @@ import numpy as np
 
 from benchmarks.collection_size import MODEL
 from benchmarks.common import report, start, tiny_checkpoint
-from benchmarks.servers import started, texts_of
+from benchmarks.servers import indexed, metrics, started, texts_of
 from checkpoint import Checkpoint
 from preread import Client
 
@@ -47,12 +43,6 @@ def zipf(rng: np.random.Generator, num_kinds: int, size: int, *, distinct: bool 
     weights = 1 / np.arange(1, num_kinds + 1)
     drawn: list[int] = rng.choice(num_kinds, size, replace=not distinct, p=weights / weights.sum()).tolist()
     return drawn
-
-
-def metrics(url: str) -> dict[str, float]:
-    with urllib.request.urlopen(f"{url}/metrics") as answer:
-        lines = [line.rpartition(" ") for line in answer.read().decode().splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, _, value in lines}
 
 
 def replay(address: str, requests: list[tuple[str, list[str]]]) -> tuple[float, list[float]]:
@@ -102,10 +92,7 @@ def main() -> None:
     without = {"all": [], "none": [*CACHES], **{f"all but {tier}": [tier] for tier in CACHES}}
     rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        passages, store = Path(folder) / "passages.jsonl", f"faiss:{folder}/store"
-        passages.write_text("".join(json.dumps({"id": one, "text": text}) + "\n" for one, text in stored.items()))
-        command = [sys.executable, "-m", "preread", "index", str(passages), "--collection", "docs", "--store", store]
-        subprocess.run([*command, "--model", str(model), "--compression-ratio", "4"], check=True)
+        store = indexed(stored, model, Path(folder))
         for name, left_out in without.items():
             flags = [word for tier in left_out for word in (CACHES[tier], "0")]
             scores = [] if "scores" in left_out else ["--score-cache-bytes", str(16 << 20)]  # `started` disables it
