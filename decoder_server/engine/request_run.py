@@ -10,8 +10,8 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from itertools import islice, zip_longest
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice, zip_longest
 from typing import Any, Self
 
 from decoder_server.engine.admission import Admission
@@ -145,7 +145,9 @@ class RequestRun:
     def _known(self, read: "list[_PassagePairs]") -> "list[_PassagePairs]":
         """With the margins of earlier requests."""
         if self.score_cache.enabled:
-            identities = [pair.identity for pairs in read for pair in pairs.pairs]
+            for pairs in read:
+                pairs.identities = [pair.identity for pair in pairs.pairs]
+            identities = list(chain.from_iterable(pairs.identities for pairs in read))
             known = iter(self.score_cache.get(identities, self.scope))
             for pairs in read:
                 pairs.margins = list(islice(known, len(pairs.pairs)))
@@ -153,8 +155,9 @@ class RequestRun:
 
     def _keep(self, ended: "list[_PassagePairs]") -> None:
         if ended and self.score_cache.enabled:
-            identities = [pair.identity for pairs in ended for pair in pairs.pairs]
-            self.score_cache.put(identities, [margin for pairs in ended for margin in pairs.margins], self.scope)
+            identities = list(chain.from_iterable(pairs.identities for pairs in ended))
+            margins = list(chain.from_iterable(pairs.margins for pairs in ended))
+            self.score_cache.put(identities, margins, self.scope)
 
     def _count(self, pairs: "_PassagePairs", stage: int) -> None:
         self.num_tokens += sum(pair.num_tokens for pair in pairs.pairs)
@@ -193,6 +196,7 @@ class _PassagePairs:
     queries: Sequence[int]
     pairs: Sequence[Pair]
     margins: list[float | None]  # per pair; None: not known
+    identities: list[bytes] = field(default_factory=list)  # per pair, where margins are kept
 
     @classmethod
     def of(cls, passage: FetchedPassage, queries: Sequence[int]) -> Self:
