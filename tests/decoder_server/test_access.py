@@ -41,9 +41,9 @@ async def test_keys(started, refused, detail) -> None:
     address = f"127.0.0.1:{server.port}"
     async with AsyncClient(address, options=ClientOptions(api_key=ASKS)) as client:
         assert len(await client.rerank("q", ["x"])) == 1
-    async with AsyncClient(address) as nobody:
+    async with AsyncClient(address) as stranger:
         with pytest.raises(Unauthenticated, match="Authorization: Bearer KEY"):
-            await nobody.list_models()
+            await stranger.list_models()
     async with grpc.aio.insecure_channel(address) as channel:
         stub = rerank_pb2_grpc.RerankServiceStub(channel)
         metadata = (("authorization", f"Bearer {WRITES}"),)
@@ -70,9 +70,9 @@ async def test_a_key_bound_to_collections_is_bound_in_calls_of_many(started, tex
             await stranger.rerank_many(queries, candidates, collection="docs")
         hidden = await stranger.rerank_many(queries, [texts["p1"]])
         assert [one.summary.num_found for one in hidden] == [0, 0]
-    async with AsyncClient(address) as nobody:
+    async with AsyncClient(address) as stranger:
         with pytest.raises(Unauthenticated):
-            await nobody.rerank_many(queries, candidates, collection="docs")
+            await stranger.rerank_many(queries, candidates, collection="docs")
 
 
 async def _first(call):

@@ -69,7 +69,7 @@ async def check_as_alone(serving, queries: Sequence[str] = QUERIES, **fields: ob
 
 def candidates_of_every_kind(texts) -> list[rerank_pb2.Candidate]:
     return [
-        *(rerank_pb2.Candidate(passage_id=i) for i in [*texts, "p7", "nobody", "split", "p7"]),
+        *(rerank_pb2.Candidate(passage_id=i) for i in [*texts, "p7", "absent", "split", "p7"]),
         rerank_pb2.Candidate(text="never seen"),
         rerank_pb2.Candidate(text=texts["p9"]),
         rerank_pb2.Candidate(passage_id="p3", text="not what was stored"),
@@ -107,7 +107,7 @@ async def test_each_query_is_answered_as_alone(
 async def test_each_query_keeps_its_own_best_in_a_cascade(serve, texts, pairs) -> None:
     stages = [rerank_pb2.Stage(compression_ratio=ratio, keep=keep) for ratio, keep in pairs]
     async with serve(max_batch_tokens=1000) as serving:
-        await check_as_alone(serving, ids=[*texts, "nobody", "p1"], stages=stages)
+        await check_as_alone(serving, ids=[*texts, "absent", "p1"], stages=stages)
         assert serving.engine.admission.num_tokens == pytest.approx(0, abs=1e-6)
 
 
@@ -132,7 +132,7 @@ async def test_a_model_that_reads_text_takes_one_query_after_the_other(serve, tm
     directory = make_cross_encoder(tmp_path / "cross", kind)
     backend = open_cross_encoder(directory, device="cpu", dtype="float32", profile=profile)
     assert backend.listwise is (profile is not None)
-    candidates = [rerank_pb2.Candidate(passage_id=i) for i in ("p1", "p2", "nobody", "p1")]
+    candidates = [rerank_pb2.Candidate(passage_id=i) for i in ("p1", "p2", "absent", "p1")]
     candidates += [rerank_pb2.Candidate(text="a text"), rerank_pb2.Candidate(text="")]
     async with serve(backend=backend) as serving:
         await check_as_alone(serving, QUERIES[:3], candidates=candidates, top_n=2)
@@ -226,8 +226,8 @@ async def test_bad_input_names_field_value_and_expectation(
 
 async def test_a_missing_passage_fails_the_call_where_it_is_to(serve, refused) -> None:
     async with serve() as serving:
-        call = many(serving, QUERIES, ids=["p1", "nobody"], on_miss=common_pb2.ON_MISS_FAIL)
-        assert "candidates[1] ('nobody')" in (await refused(call, grpc.StatusCode.FAILED_PRECONDITION)).details()
+        call = many(serving, QUERIES, ids=["p1", "absent"], on_miss=common_pb2.ON_MISS_FAIL)
+        assert "candidates[1] ('absent')" in (await refused(call, grpc.StatusCode.FAILED_PRECONDITION)).details()
 
 
 async def test_the_call_as_a_whole_is_degraded(serve, gated, texts) -> None:
@@ -250,7 +250,7 @@ async def test_the_call_as_a_whole_is_degraded(serve, gated, texts) -> None:
 async def test_one_record_of_the_call_counts_all_of_it(serve, texts, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with serve() as serving:
-        await many(serving, QUERIES, ids=["p1", "p2", "nobody"])
+        await many(serving, QUERIES, ids=["p1", "p2", "absent"])
         sample = serving.server.metrics.registry.get_sample_value
         assert sample("preread_requests_total", {"model": "tiny", "code": "ok"}) == 1
         assert sample("preread_candidates_total", {"model": "tiny", "status": "hit"}) == 2 * len(QUERIES)

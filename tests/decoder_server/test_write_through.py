@@ -138,7 +138,7 @@ async def test_alone_in_one_request_both_answers_have_one_margin_to_the_bit(serv
 
 
 async def test_servers_and_workers_side_by_side_make_one_record(serve, work, tmp_path) -> None:
-    """Each worker with a handle of its own, as processes have; each writes what it encoded, at the same moment."""
+    """Each worker with another handle, as processes have; each writes what it encoded, at the same moment."""
     path = f"faiss:{tmp_path / 'shared'}"
     with closing(open_store(path)) as one, closing(open_store(path)) as two:
         async with (

@@ -148,7 +148,7 @@ async def test_what_is_queued_is_written_at_a_stop(worker: Serve, store: Store) 
     assert len(stored(store)) == 5
 
 
-async def test_a_full_queue_drops_and_counts_and_nobody_waits(worker: Serve, store: Store) -> None:
+async def test_a_full_queue_drops_and_counts_and_no_caller_waits(worker: Serve, store: Store) -> None:
     entered, go_on = threading.Event(), threading.Event()
     put_many = store.put_many
 

@@ -17,7 +17,7 @@ from preread_edge.access import ApiKeys
 
 ARTEFACTS = Path(__file__).parent.parent / "artefacts"
 SIZES = {"desktop": (1280, 1000), "phone": (390, 1500)}
-# Markup in ids and texts, which nobody may run or see the effect of.
+# Markup in ids and texts, which must not run or show any effect.
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 TEXTS = {
     "sky": "The sky is blue because air scatters short waves of light.",

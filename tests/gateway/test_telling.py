@@ -22,7 +22,7 @@ TOLD: dict[str, tuple[str, dict[str, str], dict[str, Any], str]] = {
     "voyage for JavaScript, by its header": ("/v1/rerank", FERN, {}, "voyage"),
     "voyage for Python, by truncation": ("/v1/rerank", {}, {"truncation": True}, "voyage"),
     "voyage, by top_k": ("/v1/rerank", {}, {"top_k": 2}, "voyage"),
-    "top_k next to top_n is nobody's sign": ("/v1/rerank", {}, {"top_k": 2, "top_n": 2}, "cohere"),
+    "top_k next to top_n is no sign": ("/v1/rerank", {}, {"top_k": 2, "top_n": 2}, "cohere"),
     "pinecone, by its header": ("/rerank", PINECONE, {}, "pinecone"),
     "isaacus, by its path": ("/v1/rerankings", {}, {"documents": None, "texts": ["a", "b"]}, "isaacus"),
     "isaacus, by its header": ("/rerank", ISAACUS, {"documents": None, "texts": ["a", "b"]}, "isaacus"),
