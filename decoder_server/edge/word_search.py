@@ -42,13 +42,8 @@ _STOP_WORDS = (
 )  # fmt: skip
 _PAGE_PASSAGES = 64  # read from the store at a time: a text may have a megabyte
 _WORDS_A_STEP, _POSTINGS_A_STEP = 500, 50_000
-_WORD_BYTES, _ID_BYTES, _POSTING_BYTES = (
-    140,
-    8,
-    8,
-)  # of a dictionary's entry and its number; of a list's; int32, float32
-
-
+_WORD_BYTES, _ID_BYTES = 140, 8  # of a dictionary's entry and its number; of a list's entry
+_POSTING_BYTES = 8  # int32, float32
 _KEPT_BYTES = 1024  # of an entry, without its index
 _Key = tuple[str, int]  # storage name and binding of a collection
 

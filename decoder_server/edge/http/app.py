@@ -27,6 +27,7 @@ from decoder_server.edge.http import collections, dialects, info, names
 from decoder_server.edge.http.dialect_request import DialectRequest, DialectResponse, no_step
 from decoder_server.edge.http.json_values import read
 from decoder_server.edge.http.openapi import JSON, Operation, document
+from decoder_server.edge.http.pairs import MAX_PAIRS
 from decoder_server.edge.http.request import (
     EXPECTED,
     Context,
@@ -270,7 +271,7 @@ async def _rerank(request: HttpRequest) -> Response:
     dialects.check_names(body, dialect)
     if body.get("model") is None and (named := _RETRIEVAL.search(path)):
         body["model"] = named["model"]
-    most = max([dialects.MAX_PAIRS, *(engine.limits.max_candidates for engine in engines.values())])
+    most = max([MAX_PAIRS, *(engine.limits.max_candidates for engine in engines.values())])
     for name in dialects.LISTS:  # before any of them is read
         given = body.get(name)
         if isinstance(given, list) and len(given) > most:

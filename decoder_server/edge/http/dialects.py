@@ -15,7 +15,6 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 from decoder_server.edge.http import dialect_request as rerank
 from decoder_server.edge.http import names, pairs, vendors
 from decoder_server.edge.http.json_values import Switch, Text, Word
-from decoder_server.edge.http.pairs import MAX_PAIRS as MAX_PAIRS
 from preread_edge.steps import Step
 
 # The usual ones. Clients disagree on the path, so every other that ends in a word of these is served too.
